@@ -1,0 +1,388 @@
+"""Messages between launcher, gateway, controller and workers.
+
+Every message is a msgspec struct, tagged by `type`, encoded as msgpack and checked against its schema when it is
+decoded: a wrong type or a missing field is a ProtocolError, an unknown field is ignored (a newer peer may send it),
+an unknown `type` is refused. Nothing here is pickled. Times that cross a socket are durations, never clock readings,
+except `*_monotonic_s` fields, which only processes of one node may compare.
+
+    gateway  <-> controller   admission, placement, what sessions do, cluster snapshots
+    worker   <-> controller   hello, lease, open/close, reports
+    worker   <-> gateway      credits one way, finished chunks the other (payload in the frame ring)
+
+Who may send what is the last part of each class name's section below; a peer of the wrong role is refused by the
+logic that receives it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from turboserve.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 20
+
+SessionId = Annotated[str, msgspec.Meta(pattern="^[a-z0-9]{26}$")]
+ShortText = Annotated[str, msgspec.Meta(max_length=256)]
+Prompt = Annotated[str, msgspec.Meta(max_length=4096)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Message(msgspec.Struct, tag_field="type", tag=True, frozen=True, kw_only=True):
+    """Base of all messages; `type` on the wire is the class name."""
+
+
+# ---------------------------------------------------------------- worker -> controller
+
+
+class WorkerHello(Message):
+    """First message of a worker process on either of its sockets."""
+
+    version: int = PROTOCOL_VERSION
+    worker_id: ShortText
+    worker_epoch: Count
+    pid: Count
+    node: ShortText
+    model: ShortText
+    model_hash: ShortText
+    numerics_id: ShortText
+    device: ShortText
+    device_class: ShortText
+    gpu_count: Count = 0
+    slot_count: Count
+    capacity: Count
+    session_bytes: Count = 0
+    layout_hash: ShortText = ""
+    ring_fd: int = -1
+    """The frame ring's file descriptor in the worker process; the gateway opens /proc/PID/fd/N (same node)."""
+
+
+class Heartbeat(Message):
+    """Sent every `heartbeat_s`; renews the lease of both sides."""
+
+    worker_id: ShortText
+    worker_epoch: Count
+    active: Count
+    resident: Count
+    slots_free: Count
+    busy_share: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    chunk_latency_ms: float
+    batch_size_mean: float
+    chunks: Count
+    passes: Count
+    device_bytes: Count
+    rss_bytes: Count = 0
+
+
+class SessionOpened(Message):
+    session_id: SessionId
+    epoch: Count
+
+
+class SessionRefused(Message):
+    """The worker could not open it (no slot, wrong model). The controller places it elsewhere or queues it."""
+
+    session_id: SessionId
+    epoch: Count
+    code: ShortText
+    message: str
+
+
+class SessionReleased(Message):
+    """All bytes of the session on this worker are free."""
+
+    session_id: SessionId
+    epoch: Count
+
+
+class SessionBroken(Message):
+    """A pass of this session failed or made values that are not finite; its neighbours go on."""
+
+    session_id: SessionId
+    epoch: Count
+    chunk_index: Count
+    code: ShortText
+    message: str
+
+
+class WorkerLeaving(Message):
+    """The worker was told to end (SIGTERM) and asks to be drained."""
+
+    worker_id: ShortText
+    worker_epoch: Count
+
+
+# ---------------------------------------------------------------- controller -> worker
+
+
+class Lease(Message):
+    """Answer to hello and to each heartbeat: the worker may emit for so long after receiving it."""
+
+    lease_s: Seconds
+    worker_epoch: Count
+
+
+class OpenSession(Message):
+    """Make room for a session and begin it at `next_index` under `epoch`."""
+
+    session_id: SessionId
+    epoch: Count
+    seed: int
+    width: Count
+    height: Count
+    prompt: Prompt
+    prompt_version: Count = 1
+    prompt_switch: ShortText = "swap"
+    next_index: Count = 0
+
+
+class CloseSession(Message):
+    """Free everything the worker holds for the session, whatever it is doing. Idempotent."""
+
+    session_id: SessionId
+    epoch: Count
+
+
+class DrainWorker(Message):
+    worker_id: ShortText
+
+
+class StopWorker(Message):
+    """End now; nothing is owned any more."""
+
+    worker_id: ShortText
+    reason: ShortText = ""
+
+
+# ---------------------------------------------------------------- gateway -> worker
+
+
+class Credit(Message):
+    """Leave to generate one chunk, with its inputs bound. Durable in the gateway's log before it is sent.
+
+    `deadline_s` counts from receipt: the time by which the frames should be out to be on time.
+    """
+
+    session_id: SessionId
+    epoch: Count
+    chunk_index: Count
+    steps: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    prompt: Prompt
+    prompt_version: Count
+    prompt_switch: ShortText = "swap"
+    deadline_s: float
+
+
+class ChunkAccepted(Message):
+    """The gateway holds chunk `chunk_index` and everything before it."""
+
+    session_id: SessionId
+    epoch: Count
+    chunk_index: Count
+
+
+# ---------------------------------------------------------------- worker -> gateway
+
+
+class ChunkReady(Message):
+    """A chunk's frames lie in the frame ring (the ring's record repeats session, epoch and index).
+
+    Times are the worker's own durations, for `explain` and metrics.
+    """
+
+    session_id: SessionId
+    epoch: Count
+    chunk_index: Count
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    digest_prev: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
+    frames: Count
+    steps: Count
+    prompt_version: Count
+    wait_ms: float = 0.0
+    denoise_ms: float = 0.0
+    decode_ms: float = 0.0
+    batch_size: float = 1.0
+    """Mean number of segments in the passes this chunk took part in."""
+    continuity: ShortText = ""
+
+
+class ChunkRefused(Message):
+    """A credit the worker cannot honour: wrong epoch or index; `next_index` is what it would take."""
+
+    session_id: SessionId
+    epoch: Count
+    chunk_index: Count
+    next_index: Count
+    code: ShortText
+
+
+# ---------------------------------------------------------------- gateway -> controller
+
+
+class GatewayHello(Message):
+    version: int = PROTOCOL_VERSION
+    gateway_epoch: Count
+    pid: Count
+    data_host: ShortText
+    data_port: Count
+
+
+class CreateSession(Message):
+    op_id: Count
+    session_id: SessionId
+    tenant: ShortText
+    tenant_weight: float = 1.0
+    model: ShortText
+    seed: int
+    width: Count
+    height: Count
+    steps: Count
+    prompt: Prompt
+    prompt_switch: ShortText = "swap"
+    allow_reduced_steps: bool = True
+    next_index: Count = 0
+    prompt_version: Count = 1
+
+
+class EndSession(Message):
+    op_id: Count
+    session_id: SessionId
+    reason: ShortText
+
+
+class SessionActivity(Message):
+    """Whether a session wants chunks now: attached, not paused, credits not exhausted by the viewer."""
+
+    session_id: SessionId
+    active: bool
+    attached: bool
+
+
+class AdminCommand(Message):
+    """An operator's wish. `kind`: drain, add_workers, migrate, suspend, top, explain."""
+
+    op_id: Count
+    kind: ShortText
+    worker_id: ShortText = ""
+    session_id: str = ""
+    count: Count = 0
+
+
+# ---------------------------------------------------------------- controller -> gateway
+
+
+class OpDone(Message):
+    """Answer to a gateway's op_id; repeated for a repeated op_id. `code` is empty when it went well."""
+
+    op_id: Count
+    code: ShortText = ""
+    message: str = ""
+    state: ShortText = ""
+    queue_position: int = -1
+    retry_after_s: Seconds = 0.0
+
+
+class WorkerChanged(Message):
+    """A worker is ready, draining or lost. The gateway drops the data socket of a lost one."""
+
+    worker_id: ShortText
+    worker_epoch: Count
+    state: ShortText
+    numerics_id: ShortText = ""
+    reason: ShortText = ""
+
+
+class SessionPlaced(Message):
+    """From now on credits of the session go to this worker under this epoch, from `next_index` on."""
+
+    session_id: SessionId
+    epoch: Count
+    worker_id: ShortText
+    numerics_id: ShortText
+    continuity: ShortText = ""
+
+
+class SessionState(Message):
+    """A session's public state changed. `owned` false: send no credit until SessionPlaced."""
+
+    session_id: SessionId
+    state: ShortText
+    epoch: Count
+    owned: bool
+    reason: ShortText = ""
+    code: ShortText = ""
+    queue_position: int = -1
+    next_index: int = -1
+
+
+class ClusterSnapshot(Message):
+    """What GET /v1/cluster shows, as JSON text; at most four a second."""
+
+    body: Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
+
+
+# ---------------------------------------------------------------- launcher <-> all
+
+
+class Failure(Message):
+    """A typed refusal on the wire: the peer closes after sending it."""
+
+    code: ShortText
+    message: str
+
+
+AnyMessage = (
+    WorkerHello
+    | Heartbeat
+    | SessionOpened
+    | SessionRefused
+    | SessionReleased
+    | SessionBroken
+    | WorkerLeaving
+    | Lease
+    | OpenSession
+    | CloseSession
+    | DrainWorker
+    | StopWorker
+    | Credit
+    | ChunkAccepted
+    | ChunkReady
+    | ChunkRefused
+    | GatewayHello
+    | CreateSession
+    | EndSession
+    | SessionActivity
+    | AdminCommand
+    | OpDone
+    | WorkerChanged
+    | SessionPlaced
+    | SessionState
+    | ClusterSnapshot
+    | Failure
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """One message as msgpack bytes; ProtocolError above MAX_MESSAGE_BYTES."""
+    data = _encoder.encode(message)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(
+            f"a {type(message).__name__} of {len(data)} bytes", expected=f"at most {MAX_MESSAGE_BYTES} bytes"
+        )
+    return data
+
+
+def decode(data: bytes) -> AnyMessage:
+    """Bytes to a checked message; ProtocolError says which field was wrong."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a message of {len(data)} bytes", expected=f"at most {MAX_MESSAGE_BYTES} bytes")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise ProtocolError(f"a message that does not fit its schema: {error}") from None

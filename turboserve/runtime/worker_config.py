@@ -1,0 +1,101 @@
+"""What a worker process is told at birth, and how it is told.
+
+The launcher writes a `WorkerConfig` as JSON into an anonymous memory file and hands the worker its descriptor, so
+that the token is neither on the command line nor in the environment nor on a disk:
+
+    fd = config_fd(config)
+    process = subprocess.Popen(worker_argv(fd), pass_fds=(fd, config.parent_fd), start_new_session=True)
+    os.close(fd)
+
+`parent_fd` is the reading end of a pipe whose writing end only the launcher holds: it reads as ended when the
+launcher dies, however it died. Importing this module needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+
+from turboserve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """All settings of one worker process. Times are seconds, sizes bytes, ports TCP on `*_host`.
+
+    `slots` is how many sessions fit in memory, `capacity` how many active ones the worker should be given.
+    `weights_seed` asks for seeded random weights instead of the stored ones (tests). `ring_fd` is an inherited
+    frame ring; -1 lets the worker make its own of `ring_bytes`.
+    """
+
+    worker_id: str
+    worker_epoch: int
+    token: str
+    """Hex secret that both ends of every control and data socket prove to know."""
+    controller_port: int
+    gateway_port: int
+    controller_host: str = "127.0.0.1"
+    gateway_host: str = "127.0.0.1"
+    node: str = "local"
+    model: str = "shapes"
+    device: str = "cpu"
+    slots: int = 16
+    capacity: int = 4
+    ring_fd: int = -1
+    ring_bytes: int = 16 << 20
+    parent_fd: int = -1
+    heartbeat_s: float = 0.5
+    shutdown_timeout_s: float = 10.0
+    weights_seed: int | None = None
+    calibrate: bool = True
+    log_format: str = "console"
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.capacity <= self.slots:
+            raise ConfigError(f"capacity is {self.capacity}", expected=f"1 to {self.slots}, the number of slots")
+        if self.log_format not in ("console", "json"):
+            raise ConfigError(f"log_format is {self.log_format!r}", expected="console or json")
+        if self.heartbeat_s <= 0 or self.shutdown_timeout_s < 0:
+            raise ConfigError("heartbeat_s must be above 0 and shutdown_timeout_s not below it")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> WorkerConfig:
+        """The config that `to_json` wrote; an unknown or missing key is a ConfigError."""
+        try:
+            values = json.loads(text)
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            known = ", ".join(one.name for one in fields(cls))
+            raise ConfigError(f"worker config does not fit: {error}", expected=f"a JSON object of {known}") from None
+
+    def __repr__(self) -> str:
+        """Without the token: configs end up in logs and tracebacks."""
+        shown = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "token"}
+        return f"WorkerConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def config_fd(config: WorkerConfig) -> int:
+    """An inheritable memory file that holds the config; pass it to the worker and close it afterwards."""
+    fd = os.memfd_create("turboserve-worker-config", 0)
+    os.write(fd, config.to_json().encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.set_inheritable(fd, True)
+    return fd
+
+
+def read_config(fd: int) -> WorkerConfig:
+    """The worker's end: read the whole file and close it."""
+    with os.fdopen(fd, "rb") as file:
+        file.seek(0)
+        return WorkerConfig.from_json(file.read())
+
+
+def worker_argv(fd: int) -> list[str]:
+    """Command line of a worker process whose config lies in `fd`."""
+    return [sys.executable, "-m", "turboserve.runtime.worker", "--config-fd", str(fd)]

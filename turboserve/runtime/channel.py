@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import hmac
 import secrets
+import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -164,12 +165,20 @@ async def connect(host: str, port: int, token: bytes, *, timeout_s: float = HAND
 
 
 async def listen(
-    host: str, port: int, token: bytes, on_channel: Callable[[Channel], Awaitable[None]]
+    host: str,
+    port: int,
+    token: bytes,
+    on_channel: Callable[[Channel], Awaitable[None]],
+    *,
+    sock: socket.socket | None = None,
 ) -> asyncio.Server:
-    """Listen on a named address; `on_channel` runs for each peer that passed the handshake.
+    """Listen on a named address (or on a listening socket that was handed down, which then is that address).
 
-    The channel is closed when it returns. A peer that fails the handshake is dropped without an answer.
+    `on_channel` runs for each peer that passed the handshake; the channel is closed when it returns. A peer that
+    fails the handshake is dropped without an answer.
     """
+    if sock is not None:
+        host = str(sock.getsockname()[0])
     if host in _WILDCARDS:
         raise ConfigError(f"internal port on wildcard address {host!r}", expected="one named address")
 
@@ -185,6 +194,8 @@ async def listen(
         finally:
             await channel.close()
 
+    if sock is not None:
+        return await asyncio.start_server(accept, sock=sock)
     return await asyncio.start_server(accept, host, port)
 
 

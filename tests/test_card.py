@@ -98,7 +98,7 @@ def test_a_card_without_a_field_and_a_file_without_a_card(tmp_path: Path) -> Non
     del body["model_hash"]
     with pytest.raises(InvalidRequest, match="model_hash"):
         Card.from_json(json.dumps(body))
-    with pytest.raises(InvalidRequest, match="malformed"):
+    with pytest.raises(InvalidRequest, match="truncated"):
         Card.from_json("{")
     with pytest.raises(InvalidRequest, match="No such file"):
         Card.read(tmp_path / "absent.json")

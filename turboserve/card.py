@@ -5,16 +5,16 @@ writes one and `turboserve replay CARD.json` verifies it. As JSON:
 
     {
       "kind": "turboserve.card", "version": 1,
-      "model": "shapes", "model_hash": "…", "numerics_id": "…",        (numerics_id: "" when unknown)
+      "model": "shapes", "model_hash": "…", "numerics_id": "…",   (numerics_id "": unknown)
       "seed": 7, "size": "96x96",
       "prompt_switch": "swap",
       "inputs": [{"from_index": 0, "prompt": "a red circle", "prompt_version": 1},
                  {"from_index": 9, "prompt": "a blue square", "prompt_version": 2}],
-      "steps": [{"from_index": 0, "steps": 4}],                         (runs: each holds until the next one)
+      "steps": [{"from_index": 0, "steps": 4}],   (runs: each holds until the next one)
       "chunk_count": 20,
-      "digest": "…64 hex digits…",                                      (of the last chunk; "" when chunk_count is 0)
-      "digests": ["…", "…"],                                            (optional: one per chunk; names the first wrong one)
-      "approximate_from": 12                                            (optional: first chunk made under other numerics)
+      "digest": "…",              (64 hex digits, of the last chunk; "" when chunk_count is 0)
+      "digests": ["…", "…"],      (optional: one per chunk; lets a mismatch be named by its chunk)
+      "approximate_from": 12      (optional: first chunk made under other numerics)
     }
 
 Unknown keys are ignored, so that fields can be added; another `version` is refused. Build one with `Card(...)`, or
@@ -23,8 +23,10 @@ from lists per chunk with `steps_runs`; write with `to_json`, read with `from_js
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,11 +113,11 @@ class Card:
 
     def input_at(self, chunk_index: int) -> CardInput:
         """The prompt that chunk `chunk_index` was made with."""
-        return [one for one in self.inputs if one.from_index <= chunk_index][-1]
+        return self.inputs[_last_at(self.inputs, chunk_index)]
 
     def steps_at(self, chunk_index: int) -> int:
         """The denoise steps of chunk `chunk_index`."""
-        return [one for one in self.steps if one.from_index <= chunk_index][-1].steps
+        return self.steps[_last_at(self.steps, chunk_index)].steps
 
     def to_json(self, *, indent: int | None = None) -> str:
         """JSON text; fields that say nothing are left out."""
@@ -156,6 +158,10 @@ def steps_runs(steps: Iterable[int]) -> tuple[StepsRun, ...]:
     return tuple(runs)
 
 
+def _last_at(entries: Sequence[CardInput] | Sequence[StepsRun], chunk_index: int) -> int:
+    return bisect.bisect_right(entries, chunk_index, key=lambda one: one.from_index) - 1
+
+
 def _wrong(what: str, expected: str) -> InvalidRequest:
     return InvalidRequest(f"this is no card that can be replayed: {what}", expected=expected)
 
@@ -167,7 +173,8 @@ def _need(good: object, what: str, expected: str) -> None:
 
 def _need_runs(name: str, starts: list[int]) -> None:
     _need(starts[:1] == [0], f"{name} does not begin at chunk 0", "a first entry with from_index 0")
-    _need(all(a < b for a, b in zip(starts, starts[1:], strict=False)), f"{name} is out of order", "growing from_index")
+    growing = all(first < second for first, second in itertools.pairwise(starts))
+    _need(growing, f"{name} is out of order", "growing from_index")
 
 
 def _need_digest(name: str, digest: str, *, empty: bool) -> None:

@@ -1,0 +1,47 @@
+# `make serve` and `make test` work on a fresh clone: each makes .venv first, and again only when its inputs changed.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PORT ?= 8000
+MODEL ?= shapes
+ARGS ?=
+BIN := .venv/bin
+
+# One compute thread a process: two collapse on a busy machine, and OpenBLAS breaks the Triton interpreter's timing.
+export OMP_NUM_THREADS := 1
+export OPENBLAS_NUM_THREADS := 1
+
+.PHONY: help setup serve test lint types format bench score screenshots clean gpu sanitize
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.ready  ## .venv with TurboServe in it, nothing else
+
+.venv/.ready: pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/*)
+	@PYTHON="$(PYTHON)" bash scripts/setup.sh
+
+serve: setup  ## start the server with the embedded model: make serve PORT=8000 MODEL=shapes ARGS="--workers 2"
+	@exec $(BIN)/turboserve serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: setup .venv/.dev  ## set up, then lint, types, import rules and the whole test suite
+	@bash scripts/test.sh $(ARGS)
+
+.venv/.dev: .venv/.ready
+	@bash scripts/setup.sh dev
+
+lint: setup .venv/.dev  ## ruff, mypy, import rules
+	@bash scripts/lint.sh
+
+format: .venv/.dev  ## let ruff rewrite
+	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
+
+bench: setup  ## the benches that run on this machine; rows go to bench/results/
+	@$(BIN)/turboserve bench --help
+
+score: setup  ## score the embedded model's videos against their prompts (about 30 minutes on one core)
+	@$(BIN)/turboserve score-shapes --full $(ARGS)
+
+clean:  ## remove what the build made
+	rm -rf .venv build *.egg-info turboserve/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything `make test` promises: lint, types, import rules, then the suite. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing chromium for the browser tests" >&2
+        apt-get update -qq >/dev/null && apt-get install -y -qq chromium >/dev/null
+    else
+        echo "the browser tests need Chromium: apt-get install chromium (or your system's way)" >&2
+        exit 1
+    fi
+fi
+bash scripts/lint.sh
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,189 @@
+"""The controller process: observe, tick, apply.
+
+    python -m turboserve.runtime.control_loop --config-fd N
+
+It listens on the socket that the launcher handed down, gives every message to `ControllerLogic`, and sends what the
+logic answers. Four times a second at most it publishes what the cluster looks like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from turboserve.errors import Overloaded, ProtocolError
+from turboserve.orchestrator.latency import LatencyProfile
+from turboserve.runtime import channel, lifeline, logs
+from turboserve.runtime import messages as m
+from turboserve.runtime.controller_config import ControllerConfig
+from turboserve.runtime.controller_logic import GATEWAY, ControllerLogic, Decide, Drop, Effect, Send
+from turboserve.runtime.directory import Directory
+
+SNAPSHOT_S = 0.25
+
+
+def live_profile(config: ControllerConfig) -> LatencyProfile:
+    """The latency profile a live fleet is planned with until `calibrate` has measured one.
+
+    Straight line through (capacity, chunk_target_s): what `capacity` means, and no more than that.
+    """
+    return LatencyProfile(
+        name=f"{config.model}-live",
+        about="line through (capacity, chunk target); not a measurement",
+        chunk_s=config.chunk_s,
+        chunk_target_s=config.chunk_target_s,
+        batch_latency_s=tuple(config.chunk_target_s * n / config.capacity for n in range(1, config.slots + 1)),
+        capacity=config.capacity,
+        resident_max=config.slots,
+        denoise_steps=config.denoise_steps,
+        denoise_steps_floor=config.steps_floor or config.denoise_steps,
+        step_latency_share=0.8,
+    )
+
+
+def scheduler_tick() -> Decide:
+    from turboserve.orchestrator.scheduler import tick
+
+    return tick
+
+
+class ControlLoop:
+    """I/O around the logic."""
+
+    def __init__(self, config: ControllerConfig, log: Any) -> None:
+        self._config = config
+        self._log = log
+        self._directory = Directory(Path(config.data_dir) / "directory.sqlite")
+        self._logic = ControllerLogic(
+            self._directory,
+            scheduler_tick(),
+            live_profile(config),
+            lease_s=config.lease_s,
+            queue_max=config.queue_max,
+            queue_age_max_s=config.queue_age_max_s,
+            steps_floor=config.steps_floor,
+        )
+        self._channels: dict[str, channel.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM."""
+        self._end_sessions_of_an_earlier_run()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        sock = socket.socket(fileno=self._config.listen_fd)
+        server = await channel.listen("", 0, bytes.fromhex(self._config.token), self._serve, sock=sock)
+        self._log.info("controller listens", port=channel.bound_port(server))
+        timers = asyncio.create_task(self._timers())
+        try:
+            await self._stop.wait()
+        finally:
+            timers.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await timers
+            server.close()
+            for one in list(self._channels.values()):
+                await one.close()
+            self._directory.close()
+
+    def _end_sessions_of_an_earlier_run(self) -> None:
+        """State that only lived in dead workers is gone; the sessions are closed visibly instead of forgotten."""
+        for record in self._directory.sessions():
+            self._log.warning("session of an earlier run ended", session=record.session_id, state=record.state.value)
+            self._directory.forget(record.session_id)
+
+    async def _serve(self, peer: channel.Channel) -> None:
+        """One peer: its first message says who it is."""
+        name = ""
+        try:
+            async for message in peer:
+                if not name:
+                    name = self._name(message)
+                    if not name:
+                        self._log.warning("peer did not say hello", peer=peer.peer)
+                        return
+                    old = self._channels.pop(name, None)
+                    if old is not None:
+                        await old.close()
+                    self._channels[name] = peer
+                    self._log.info("connected", who=name)
+                self._apply(self._logic.on_message(name, message, time.monotonic()))
+        except ProtocolError as error:
+            self._log.warning("peer broke the protocol", who=name or peer.peer, error=str(error))
+        finally:
+            if name and self._channels.get(name) is peer:
+                del self._channels[name]
+                self._log.info("disconnected", who=name)
+                self._apply(self._logic.on_disconnect(name, time.monotonic()))
+
+    @staticmethod
+    def _name(message: m.Message) -> str:
+        if isinstance(message, m.WorkerHello):
+            return message.worker_id
+        return GATEWAY if isinstance(message, m.GatewayHello) else ""
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            peer = self._channels.get(effect.to)
+            if peer is None:
+                continue  # it will say hello again, and the logic then tells it everything
+            if isinstance(effect, Drop):
+                self._log.warning("dropped", who=effect.to, reason=effect.reason)
+                self._close_soon(effect.to)
+            elif isinstance(effect, Send):
+                try:
+                    peer.send(effect.message)
+                except (ProtocolError, Overloaded) as error:
+                    self._log.warning("cannot send", who=effect.to, error=str(error))
+                    self._close_soon(effect.to)
+
+    def _close_soon(self, name: str) -> None:
+        peer = self._channels.get(name)
+        if peer is not None:
+            task = asyncio.get_running_loop().create_task(peer.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _timers(self) -> None:
+        """Leases and wake-ups at 20 Hz, the cluster's picture at SNAPSHOT_S when it changed."""
+        published_s = 0.0
+        while True:
+            await asyncio.sleep(0.05)
+            now_s = time.monotonic()
+            self._apply(self._logic.on_timer(now_s))
+            if self._logic.changed and now_s - published_s >= SNAPSHOT_S and GATEWAY in self._channels:
+                self._logic.changed = False
+                published_s = now_s
+                body = json.dumps(self._logic.snapshot(), separators=(",", ":"))
+                self._apply([Send(GATEWAY, m.ClusterSnapshot(body=body))])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="turboserve-controller")
+    parser.add_argument("--config-fd", type=int, required=True)
+    config = ControllerConfig.from_json(lifeline.read_fd(parser.parse_args(argv).config_fd))
+    lifeline.hold_to_parent(config.parent_fd)
+    log = logs.set_up_logs("controller", log_format=config.log_format, level=config.log_level)
+
+    async def run() -> None:
+        await ControlLoop(config, log).run()
+
+    try:
+        import uvloop
+
+        uvloop.run(run())
+    except ImportError:
+        asyncio.run(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What the launcher tells the controller process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+
+from turboserve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    """Settings of the controller. `listen_fd` is a listening socket that the launcher made and keeps."""
+
+    token: str
+    listen_fd: int
+    data_dir: str
+    model: str = "shapes"
+    chunk_s: float = 1.0
+    chunk_target_s: float = 1.0
+    capacity: int = 4
+    slots: int = 16
+    denoise_steps: int = 4
+    parent_fd: int = -1
+    queue_max: int = 64
+    queue_age_max_s: float = 120.0
+    lease_s: float = 2.0
+    start_timeout_s: float = 120.0
+    steps_floor: int | None = None
+    log_format: str = "console"
+    log_level: str = "info"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ControllerConfig:
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"controller config does not fit: {error}") from None
+
+    def __repr__(self) -> str:
+        shown = {name: value for name, value in asdict(self).items() if name != "token"}
+        return f"ControllerConfig({shown})"
+
+
+def controller_argv(fd: int) -> list[str]:
+    """Command line of the controller process whose config lies in `fd`."""
+    return [sys.executable, "-m", "turboserve.runtime.control_loop", "--config-fd", str(fd)]

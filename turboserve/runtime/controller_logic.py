@@ -1,0 +1,587 @@
+"""The controller as a state machine without I/O: messages and time in, messages and directory writes out.
+
+It alone writes the directory. A change of owner is one compare-and-set there; only then does the new owner hear of
+it. Decisions are the scheduler's (`decide` is `orchestrator.scheduler.tick`, the simulator calls the same); this file
+keeps the view that it reads up to date and carries its plan out.
+
+    gateway   CreateSession EndSession SessionActivity AdminCommand  ->  OpDone SessionState SessionPlaced WorkerChanged
+    worker    WorkerHello Heartbeat SessionOpened|Refused|Released|Broken  ->  Lease OpenSession CloseSession StopWorker
+
+Every message may come twice or too late: an epoch that is not the session's newest is ignored, an op_id that was
+answered gets its first answer again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from turboserve.errors import Conflict
+from turboserve.orchestrator import plan as plans
+from turboserve.orchestrator import view as views
+from turboserve.orchestrator.latency import LatencyProfile
+from turboserve.runtime import messages as m
+from turboserve.session import TERMINAL, SessionRecord, SessionState, public_state
+
+OPS_KEPT = 4096
+DECISIONS_KEPT = 100
+STRIKES_MAX = 3
+GATEWAY = "gateway"
+
+Decide: TypeAlias = Callable[[views.ClusterView, Any, float], tuple[plans.Plan, Any]]
+
+
+class Store(Protocol):
+    """The directory as the logic needs it (runtime/directory.py; in memory for simulated networks)."""
+
+    def insert(self, record: SessionRecord) -> None: ...
+    def own(self, session_id: str, seen_epoch: int, owner: str | None, state: SessionState) -> int: ...
+    def set_state(self, session_id: str, state: SessionState, reason: str = "", strikes: int | None = None) -> None: ...
+    def forget(self, session_id: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Put `message` on the channel to `to`: a worker id, or GATEWAY."""
+
+    to: str
+    message: m.Message
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Close the channel to `to`."""
+
+    to: str
+    reason: str
+
+
+Effect: TypeAlias = Send | Drop
+
+
+@dataclass(slots=True)
+class Worker:
+    hello: m.WorkerHello
+    row: int
+    state: str
+    lease_until_s: float
+    stats: m.Heartbeat | None = None
+
+
+@dataclass(slots=True)
+class Live:
+    """A session that has not ended, with what the gateway asked for."""
+
+    record: SessionRecord
+    request: m.CreateSession
+    row: int
+    attached: bool = False
+    queued_since_s: float = 0.0
+
+
+class ControllerLogic:
+    """One controller. All times are seconds of one monotonic clock, passed in."""
+
+    def __init__(
+        self,
+        store: Store,
+        decide: Decide,
+        profile: LatencyProfile,
+        *,
+        lease_s: float = 2.0,
+        queue_max: int = 64,
+        queue_age_max_s: float = 120.0,
+        steps_floor: int | None = None,
+    ) -> None:
+        self._store = store
+        self._decide = decide
+        self._memory: Any = None
+        self.view = views.make_view((profile,), steps_floor=steps_floor)
+        self.lease_s = lease_s
+        self.queue_max = queue_max
+        self.queue_age_max_s = queue_age_max_s
+        self.workers: dict[str, Worker] = {}
+        self.sessions: dict[str, Live] = {}
+        self.decisions: deque[dict[str, Any]] = deque(maxlen=DECISIONS_KEPT)
+        self.wake_at_s: float | None = None
+        self.changed = True
+        self._free_rows: list[int] = []
+        self._free_worker_rows: list[int] = []
+        self._tenants: dict[str, int] = {}
+        self._ops: OrderedDict[int, m.OpDone] = OrderedDict()
+        self._out: list[Effect] = []
+
+    # ------------------------------------------------------------------ events
+
+    def on_message(self, source: str, message: m.Message, now_s: float) -> list[Effect]:
+        """One message from a worker id or GATEWAY."""
+        handler = getattr(self, f"_on_{type(message).__name__}", None)
+        if handler is None:
+            self._out.append(Drop(source, f"{type(message).__name__} is not for the controller"))
+        else:
+            handler(source, message, now_s)
+        return self._flush()
+
+    def on_disconnect(self, source: str, now_s: float) -> list[Effect]:
+        """A channel ended. A worker without its channel is lost at once; the gateway comes back by itself."""
+        if source in self.workers:
+            self._lose_worker(source, "its connection closed", now_s)
+            self._tick(now_s)
+        return self._flush()
+
+    def on_timer(self, now_s: float) -> list[Effect]:
+        """Leases, queue ages and the scheduler's own wake-up. Call it at least every `lease_s` / 4."""
+        for worker_id, worker in list(self.workers.items()):
+            if now_s > worker.lease_until_s:
+                self._lose_worker(worker_id, f"no heartbeat for {self.lease_s:g} s", now_s)
+                self._out.append(Drop(worker_id, "lease ran out"))
+        for live in self._queue():
+            if now_s - live.queued_since_s > self.queue_age_max_s:
+                self._fail(live, "queue_timeout", f"no room within {self.queue_age_max_s:g} s")
+        if self.wake_at_s is not None and now_s >= self.wake_at_s:
+            self._tick(now_s)
+        return self._flush()
+
+    def _flush(self) -> list[Effect]:
+        out, self._out = self._out, []
+        if out:
+            self.changed = True
+        return out
+
+    # ------------------------------------------------------------------ workers
+
+    def _on_WorkerHello(self, source: str, hello: m.WorkerHello, now_s: float) -> None:
+        known = self.workers.get(hello.worker_id)
+        if hello.version != m.PROTOCOL_VERSION:
+            self._out.append(Send(source, m.Failure(code="version", message=f"speak version {m.PROTOCOL_VERSION}")))
+            self._out.append(Drop(source, "another protocol version"))
+            return
+        if known is not None:
+            if known.hello.worker_epoch >= hello.worker_epoch:
+                return  # the same hello again, or a zombie's
+            self._lose_worker(hello.worker_id, "replaced by a newer process", now_s)
+        row = views.add_worker(
+            self.view,
+            hello.worker_id,
+            state=views.READY,
+            request_s=now_s,
+            ready_at_s=now_s,
+            gpu_count=max(1, hello.gpu_count),
+            device_class=hello.device_class,
+            model=hello.model,
+            row=self._free_worker_rows.pop() if self._free_worker_rows else None,
+        )
+        self.workers[hello.worker_id] = Worker(hello, row, "ready", now_s + self.lease_s)
+        self._note(now_s, "worker_ready", worker=hello.worker_id, reason=f"{hello.device}, {hello.slot_count} slots")
+        self._out.append(Send(hello.worker_id, m.Lease(lease_s=self.lease_s, worker_epoch=hello.worker_epoch)))
+        self._tell_worker(hello.worker_id)
+        self._tick(now_s)
+
+    def _on_Heartbeat(self, source: str, beat: m.Heartbeat, now_s: float) -> None:
+        worker = self.workers.get(beat.worker_id)
+        if worker is None or worker.hello.worker_epoch != beat.worker_epoch:
+            return
+        worker.stats = beat
+        worker.lease_until_s = now_s + self.lease_s
+        self.changed = True
+        self._out.append(Send(source, m.Lease(lease_s=self.lease_s, worker_epoch=beat.worker_epoch)))
+
+    def _on_WorkerLeaving(self, source: str, leaving: m.WorkerLeaving, now_s: float) -> None:
+        if leaving.worker_id in self.workers:
+            self._drain(leaving.worker_id, "it was told to end", now_s)
+
+    def _drain(self, worker_id: str, reason: str, now_s: float) -> None:
+        worker = self.workers[worker_id]
+        if worker.state != "draining":
+            worker.state = "draining"
+            self.view.workers.state[worker.row] = views.DRAINING
+            self._note(now_s, "drain", worker=worker_id, reason=reason)
+            self._tell_worker(worker_id)
+        self._stop_if_empty(worker_id)
+
+    def _stop_if_empty(self, worker_id: str) -> None:
+        worker = self.workers.get(worker_id)
+        if worker and worker.state == "draining" and not self._held_by(worker_id):
+            self._out.append(Send(worker_id, m.StopWorker(worker_id=worker_id, reason="drained, it owns nothing")))
+
+    def _held_by(self, worker_id: str) -> list[Live]:
+        return [live for live in self.sessions.values() if live.record.owner == worker_id]
+
+    def _lose_worker(self, worker_id: str, reason: str, now_s: float) -> None:
+        worker = self.workers.pop(worker_id)
+        self.view.workers.state[worker.row] = views.ABSENT
+        self._free_worker_rows.append(worker.row)
+        self._note(now_s, "worker_lost", worker=worker_id, reason=reason)
+        self._out.append(
+            Send(
+                GATEWAY,
+                m.WorkerChanged(
+                    worker_id=worker_id, worker_epoch=worker.hello.worker_epoch, state="lost", reason=reason
+                ),
+            )
+        )
+        for live in self._held_by(worker_id):
+            if live.record.state is SessionState.CLOSING:
+                self._forget(live, SessionState.CLOSED)
+            else:
+                self._fail(live, "worker_lost", f"worker {worker_id} was lost: {reason}")
+
+    def _tell_worker(self, worker_id: str) -> None:
+        worker = self.workers[worker_id]
+        self._out.append(
+            Send(
+                GATEWAY,
+                m.WorkerChanged(
+                    worker_id=worker_id,
+                    worker_epoch=worker.hello.worker_epoch,
+                    state=worker.state,
+                    numerics_id=worker.hello.numerics_id,
+                ),
+            )
+        )
+
+    # ------------------------------------------------------------------ sessions on workers
+
+    def _owned(self, source: str, session_id: str, epoch: int) -> Live | None:
+        """The session, if `source` speaks for its newest epoch."""
+        live = self.sessions.get(session_id)
+        if live is None or live.record.epoch != epoch or live.record.owner != source:
+            return None
+        return live
+
+    def _on_SessionOpened(self, source: str, opened: m.SessionOpened, now_s: float) -> None:
+        live = self._owned(source, opened.session_id, opened.epoch)
+        if live is None or live.record.state is not SessionState.LOADING:
+            return
+        self._move(live, SessionState.RUNNING)
+        placed = m.SessionPlaced(
+            session_id=opened.session_id,
+            epoch=opened.epoch,
+            worker_id=source,
+            numerics_id=self.workers[source].hello.numerics_id,
+        )
+        self._out.append(Send(GATEWAY, placed))
+        self._tell_session(live)
+
+    def _on_SessionRefused(self, source: str, refused: m.SessionRefused, now_s: float) -> None:
+        live = self._owned(source, refused.session_id, refused.epoch)
+        if live is None or live.record.state is not SessionState.LOADING:
+            return
+        live.record.strikes += 1
+        if live.record.strikes >= STRIKES_MAX:
+            self._fail(live, refused.code, refused.message)
+            return
+        live.record.epoch = self._store.own(refused.session_id, live.record.epoch, None, SessionState.QUEUED)
+        live.record.owner = None
+        self._move(live, SessionState.QUEUED, refused.message)
+        self._set_row(live, views.NEW)
+        live.queued_since_s = now_s
+        self._note(now_s, "queue", session=refused.session_id, reason=f"{source} refused: {refused.message}")
+        self.wake_at_s = now_s + 0.2
+        self._tell_session(live)
+
+    def _on_SessionBroken(self, source: str, broken: m.SessionBroken, now_s: float) -> None:
+        live = self._owned(source, broken.session_id, broken.epoch)
+        if live is not None and live.record.state not in TERMINAL:
+            message = f"chunk {broken.chunk_index}: {broken.message}"
+            self._out.append(Send(source, m.CloseSession(session_id=broken.session_id, epoch=broken.epoch)))
+            self._fail(live, broken.code or "session_failed", message)
+            self._tick(now_s)
+
+    def _on_SessionReleased(self, source: str, released: m.SessionReleased, now_s: float) -> None:
+        live = self._owned(source, released.session_id, released.epoch)
+        if live is not None and live.record.state is SessionState.CLOSING:
+            self._forget(live, SessionState.CLOSED)
+            self._stop_if_empty(source)
+            self._tick(now_s)
+
+    # ------------------------------------------------------------------ gateway
+
+    def _on_GatewayHello(self, source: str, hello: m.GatewayHello, now_s: float) -> None:
+        for worker_id in self.workers:
+            self._tell_worker(worker_id)
+        for live in self.sessions.values():
+            if live.record.state is SessionState.RUNNING and live.record.owner:
+                self._on_reannounce(live)
+            self._tell_session(live)
+
+    def _on_reannounce(self, live: Live) -> None:
+        owner = live.record.owner or ""
+        self._out.append(
+            Send(
+                GATEWAY,
+                m.SessionPlaced(
+                    session_id=live.record.session_id,
+                    epoch=live.record.epoch,
+                    worker_id=owner,
+                    numerics_id=self.workers[owner].hello.numerics_id,
+                ),
+            )
+        )
+
+    def _on_CreateSession(self, source: str, asked: m.CreateSession, now_s: float) -> None:
+        if self._answered(asked.op_id):
+            return
+        if asked.session_id in self.sessions:
+            self._answer(asked.op_id, code="conflict", message="this session exists already")
+            return
+        if len(self._queue()) >= self.queue_max:
+            self._answer(asked.op_id, code="overloaded", message="the queue is full", retry_after_s=5.0)
+            return
+        record = SessionRecord(
+            session_id=asked.session_id,
+            tenant=asked.tenant,
+            model=asked.model,
+            seed=asked.seed,
+            created_s=now_s,
+            width=asked.width,
+            height=asked.height,
+            steps=asked.steps,
+        )
+        self._store.insert(record)
+        row = views.add_session(
+            self.view,
+            asked.session_id,
+            now_s=now_s,
+            tenant=self._tenant(asked.tenant, asked.tenant_weight),
+            row=self._free_rows.pop() if self._free_rows else None,
+        )
+        columns = self.view.sessions
+        columns.steps[row] = columns.steps_full[row] = asked.steps
+        columns.may_reduce[row] = asked.allow_reduced_steps
+        columns.active[row] = True  # a viewer is on the way; SessionActivity corrects it
+        live = Live(record, asked, row, queued_since_s=now_s)
+        self.sessions[asked.session_id] = live
+        self._tick(now_s)
+        self._answer(
+            asked.op_id, state=public_state(record.state).value, queue_position=self._queue_position(asked.session_id)
+        )
+
+    def _on_EndSession(self, source: str, asked: m.EndSession, now_s: float) -> None:
+        if self._answered(asked.op_id):
+            return
+        live = self.sessions.get(asked.session_id)
+        if live is not None and live.record.state is not SessionState.CLOSING:
+            owner = live.record.owner
+            self._move(live, SessionState.CLOSING, asked.reason)
+            if owner is not None and owner in self.workers:
+                close = m.CloseSession(session_id=asked.session_id, epoch=live.record.epoch)
+                self._out.append(Send(owner, close))
+                self.view.sessions.active[live.row] = False
+            else:
+                self._forget(live, SessionState.CLOSED)
+            self._tick(now_s)
+        self._answer(asked.op_id, state="closed")
+
+    def _on_SessionActivity(self, source: str, seen: m.SessionActivity, now_s: float) -> None:
+        live = self.sessions.get(seen.session_id)
+        if live is None or live.record.state is SessionState.CLOSING:
+            return
+        live.attached = seen.attached
+        columns = self.view.sessions
+        if bool(columns.active[live.row]) != seen.active:
+            columns.active[live.row] = seen.active
+            (columns.active_since_s if seen.active else columns.idle_since_s)[live.row] = now_s
+        if live.record.state in (SessionState.RUNNING, SessionState.STALLED):
+            # In memory only: a controller that restarts hears it again from the gateway.
+            live.record.move(SessionState.RUNNING if seen.active else SessionState.STALLED)
+        self._tick(now_s)
+
+    def _on_AdminCommand(self, source: str, asked: m.AdminCommand, now_s: float) -> None:
+        if self._answered(asked.op_id):
+            return
+        if asked.kind == "drain":
+            if asked.worker_id not in self.workers:
+                self._answer(asked.op_id, code="not_found", message=f"no worker {asked.worker_id!r}")
+                return
+            self._drain(asked.worker_id, "asked by an operator", now_s)
+            held = len(self._held_by(asked.worker_id))
+            self._tick(now_s)
+            self._answer(asked.op_id, state="draining", message=f"{held} sessions left")
+        else:
+            self._answer(
+                asked.op_id,
+                code="conflict",
+                message=f"this fleet cannot {asked.kind}: sessions stay where they are",
+            )
+
+    # ------------------------------------------------------------------ deciding
+
+    def _tick(self, now_s: float) -> None:
+        plan, self._memory = self._decide(self.view, self._memory, now_s)
+        self.wake_at_s = plan.wake_at_s
+        for action in plan.actions:
+            if isinstance(action, plans.Place):
+                self._place(action, now_s)
+            elif isinstance(action, plans.SetSteps):
+                live = self.sessions.get(action.session)
+                if live is not None:
+                    self.view.sessions.steps[live.row] = action.steps
+                    self._note(now_s, "set_steps", session=action.session, reason=action.reason)
+            elif isinstance(action, plans.Queue):
+                self._note(now_s, "queue", session=action.session, reason=action.reason)
+            else:
+                # Said, not hidden: what this fleet cannot carry out yet stands in the decision log.
+                self._note(now_s, "not_carried_out", reason=f"{type(action).__name__}: {action.reason}")
+        self._tell_queue()
+
+    def _place(self, action: plans.Place, now_s: float) -> None:
+        live = self.sessions.get(action.session)
+        if live is None or live.record.state is not SessionState.QUEUED or action.worker not in self.workers:
+            return
+        record = live.record
+        try:
+            epoch = self._store.own(record.session_id, record.epoch, action.worker, SessionState.LOADING)
+        except Conflict:
+            return
+        record.epoch, record.owner = epoch, action.worker
+        record.move(SessionState.LOADING, action.reason)
+        self._set_row(live, views.HELD, self.workers[action.worker].row)
+        self._note(now_s, "place", worker=action.worker, session=record.session_id, reason=action.reason)
+        asked = live.request
+        self._out.append(
+            Send(
+                action.worker,
+                m.OpenSession(
+                    session_id=record.session_id,
+                    epoch=epoch,
+                    seed=record.seed,
+                    width=record.width,
+                    height=record.height,
+                    prompt=asked.prompt,
+                    prompt_version=asked.prompt_version,
+                    prompt_switch=asked.prompt_switch,
+                    next_index=asked.next_index,
+                ),
+            )
+        )
+
+    # ------------------------------------------------------------------ small things
+
+    def _queue(self) -> list[Live]:
+        """Waiting sessions, longest first (sessions is in order of arrival)."""
+        return [live for live in self.sessions.values() if live.record.state is SessionState.QUEUED]
+
+    def _queue_position(self, session_id: str) -> int:
+        """1 for the next one; -1 when it does not wait."""
+        ids = [live.record.session_id for live in self._queue()]
+        return ids.index(session_id) + 1 if session_id in ids else -1
+
+    def _tell_queue(self) -> None:
+        for live in self._queue():
+            self._tell_session(live)
+
+    def _tell_session(self, live: Live, code: str = "") -> None:
+        record = live.record
+        self._out.append(
+            Send(
+                GATEWAY,
+                m.SessionState(
+                    session_id=record.session_id,
+                    state=public_state(record.state).value,
+                    epoch=record.epoch,
+                    owned=record.state in (SessionState.RUNNING, SessionState.STALLED),
+                    reason=record.reason[:256],
+                    code=code,
+                    queue_position=self._queue_position(record.session_id),
+                ),
+            )
+        )
+
+    def _move(self, live: Live, to: SessionState, reason: str = "") -> None:
+        live.record.move(to, reason)
+        self._store.set_state(live.record.session_id, to, reason, live.record.strikes)
+
+    def _fail(self, live: Live, code: str, message: str) -> None:
+        live.record.move(SessionState.FAILED, message)
+        self._tell_session(live, code)
+        self._forget(live, SessionState.FAILED)
+
+    def _forget(self, live: Live, last: SessionState) -> None:
+        """A session ended: its row is free, and the directory no longer lists it."""
+        if live.record.state is not last:
+            live.record.move(last)
+            self._tell_session(live)
+        self._store.forget(live.record.session_id)
+        self._set_row(live, views.GONE)
+        self.view.sessions.active[live.row] = False
+        self._free_rows.append(live.row)
+        del self.sessions[live.record.session_id]
+
+    def _set_row(self, live: Live, state: int, worker_row: int = views.NOWHERE) -> None:
+        self.view.sessions.state[live.row] = state
+        self.view.sessions.worker[live.row] = worker_row
+
+    def _tenant(self, name: str, weight: float) -> int:
+        if name not in self._tenants:
+            self._tenants[name] = len(self._tenants)
+            weights = list(self.view.tenant_weights)[: len(self._tenants) - 1]
+            self.view.tenant_weights = (*weights, weight)
+        return self._tenants[name]
+
+    def _answered(self, op_id: int) -> bool:
+        first = self._ops.get(op_id)
+        if first is None:
+            return False
+        self._out.append(Send(GATEWAY, first))
+        return True
+
+    def _answer(self, op_id: int, **fields: Any) -> None:
+        done = m.OpDone(op_id=op_id, **fields)
+        self._ops[op_id] = done
+        while len(self._ops) > OPS_KEPT:
+            self._ops.popitem(last=False)
+        self._out.append(Send(GATEWAY, done))
+
+    def _note(self, now_s: float, event: str, *, reason: str, worker: str = "", session: str = "") -> None:
+        row: dict[str, Any] = {"time_s": round(now_s, 3), "event": event, "reason": reason}
+        if worker:
+            row["worker"] = worker
+        if session:
+            row["session"] = session
+        self.decisions.append(row)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What GET /v1/cluster shows."""
+        counts: dict[str, int] = {}
+        for live in self.sessions.values():
+            name = public_state(live.record.state).value
+            counts[name] = counts.get(name, 0) + 1
+        active = self.view.sessions.active & (self.view.sessions.state == views.HELD)
+        workers = []
+        for worker_id, worker in sorted(self.workers.items()):
+            held = self._held_by(worker_id)
+            stats = worker.stats
+            workers.append(
+                {
+                    "id": worker_id,
+                    "pid": worker.hello.pid,
+                    "node": worker.hello.node,
+                    "state": worker.state,
+                    "device": worker.hello.device,
+                    "model": worker.hello.model,
+                    "active": int(np.count_nonzero(active & (self.view.sessions.worker == worker.row))),
+                    "resident": len(held),
+                    "capacity": worker.hello.capacity,
+                    "slots": worker.hello.slot_count,
+                    "chunk_latency_ms": round(stats.chunk_latency_ms, 3) if stats else 0.0,
+                    "batch_size": round(stats.batch_size_mean, 3) if stats else 0.0,
+                    "busy_share": round(stats.busy_share, 3) if stats else 0.0,
+                    "chunks": stats.chunks if stats else 0,
+                    "device_bytes": stats.device_bytes if stats else 0,
+                    "rss_bytes": stats.rss_bytes if stats else 0,
+                    "sessions": [
+                        {
+                            "id": live.record.session_id,
+                            "state": public_state(live.record.state).value,
+                            "active": bool(self.view.sessions.active[live.row]),
+                        }
+                        for live in held
+                    ],
+                }
+            )
+        return {"workers": workers, "sessions": counts, "decisions": list(self.decisions)}

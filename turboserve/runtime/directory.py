@@ -1,0 +1,129 @@
+"""The durable record of who owns what: one SQLite file in WAL mode, written by the controller alone.
+
+A change of owner is one compare-and-set of (owner, epoch): `own` succeeds only when the stored epoch is still the
+one the caller saw, and commits before it returns. A timeout elsewhere is therefore never taken for a "no": whoever
+is unsure asks the directory. Rows are small (a few hundred bytes); frames and tensors never come here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+from pathlib import Path
+
+from turboserve.errors import Conflict, CorruptState
+from turboserve.session import SessionRecord, SessionState
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS sessions (
+    session_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, model TEXT NOT NULL, seed INTEGER NOT NULL,
+    created_s REAL NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, steps INTEGER NOT NULL,
+    state TEXT NOT NULL, epoch INTEGER NOT NULL, owner TEXT, reason TEXT NOT NULL, strikes INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+_COLUMNS = "session_id, tenant, model, seed, created_s, width, height, steps, state, epoch, owner, reason, strikes"
+
+
+class Directory:
+    """Open directory file. One process at a time: a second one is refused by a file lock."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = (path.parent / f"{path.name}.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise Conflict(
+                f"the directory {path} is in use by another controller", hint="stop it, or use another --data-dir"
+            ) from None
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(_SCHEMA)
+        self._check_version(path)
+
+    def _check_version(self, path: Path) -> None:
+        found = self._db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
+        if found is None:
+            self._db.execute("INSERT INTO meta VALUES ('version', ?)", (str(SCHEMA_VERSION),))
+        elif found[0] != str(SCHEMA_VERSION):
+            raise CorruptState(f"{path} has directory version {found[0]}", expected=f"version {SCHEMA_VERSION}")
+
+    def close(self) -> None:
+        self._db.close()
+        self._lock.close()
+
+    def next_epoch(self, name: str) -> int:
+        """A number that grows with every call, also across restarts (gateway, controller and worker epochs)."""
+        with self._transaction():
+            key = f"epoch:{name}"
+            row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+            value = int(row[0]) + 1 if row else 1
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, str(value)))
+            return value
+
+    def insert(self, record: SessionRecord) -> None:
+        """A new session; Conflict when the id is known."""
+        try:
+            self._db.execute(
+                f"INSERT INTO sessions ({_COLUMNS}) VALUES ({', '.join('?' * 13)})",
+                (
+                    *(record.session_id, record.tenant, record.model, record.seed, record.created_s),
+                    *(record.width, record.height, record.steps, record.state.value, record.epoch),
+                    *(record.owner, record.reason, record.strikes),
+                ),
+            )
+        except sqlite3.IntegrityError:
+            raise Conflict(f"session {record.session_id} exists already") from None
+
+    def own(self, session_id: str, seen_epoch: int, owner: str | None, state: SessionState) -> int:
+        """Compare-and-set of the owner: the new epoch, durable. Conflict when somebody else was first."""
+        changed = self._db.execute(
+            "UPDATE sessions SET owner = ?, state = ?, epoch = epoch + 1 WHERE session_id = ? AND epoch = ?",
+            (owner, state.value, session_id, seen_epoch),
+        ).rowcount
+        if changed != 1:
+            raise Conflict(
+                f"session {session_id} is no longer at epoch {seen_epoch}", hint="read the directory and decide again"
+            )
+        return seen_epoch + 1
+
+    def set_state(self, session_id: str, state: SessionState, reason: str = "", strikes: int | None = None) -> None:
+        """State and reason; the owner and the epoch stay."""
+        self._db.execute(
+            "UPDATE sessions SET state = ?, reason = ?, strikes = COALESCE(?, strikes) WHERE session_id = ?",
+            (state.value, reason, strikes, session_id),
+        )
+
+    def forget(self, session_id: str) -> None:
+        """Drop a session that ended."""
+        self._db.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
+
+    def sessions(self) -> list[SessionRecord]:
+        """All records, oldest first."""
+        rows = self._db.execute(f"SELECT {_COLUMNS} FROM sessions ORDER BY created_s, session_id").fetchall()
+        return [
+            SessionRecord(
+                *row[:4], created_s=row[4], width=row[5], height=row[6], steps=row[7],
+                state=SessionState(row[8]), epoch=row[9], owner=row[10], reason=row[11], strikes=row[12],
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._db)
+
+
+class _Transaction:
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._db.execute("COMMIT" if kind is None else "ROLLBACK")

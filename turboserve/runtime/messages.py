@@ -38,7 +38,7 @@ class Message(msgspec.Struct, tag_field="type", tag=True, frozen=True, kw_only=T
 # ---------------------------------------------------------------- worker -> controller
 
 
-class WorkerHello(Message, kw_only=True):
+class WorkerHello(Message, frozen=True, kw_only=True):
     """First message of a worker process on either of its sockets."""
 
     version: int = PROTOCOL_VERSION
@@ -60,7 +60,7 @@ class WorkerHello(Message, kw_only=True):
     """The frame ring's file descriptor in the worker process; the gateway opens /proc/PID/fd/N (same node)."""
 
 
-class Heartbeat(Message, kw_only=True):
+class Heartbeat(Message, frozen=True, kw_only=True):
     """Sent every `heartbeat_s`; renews the lease of both sides."""
 
     worker_id: ShortText
@@ -77,12 +77,12 @@ class Heartbeat(Message, kw_only=True):
     rss_bytes: Count = 0
 
 
-class SessionOpened(Message, kw_only=True):
+class SessionOpened(Message, frozen=True, kw_only=True):
     session_id: SessionId
     epoch: Count
 
 
-class SessionRefused(Message, kw_only=True):
+class SessionRefused(Message, frozen=True, kw_only=True):
     """The worker could not open it (no slot, wrong model). The controller places it elsewhere or queues it."""
 
     session_id: SessionId
@@ -91,14 +91,14 @@ class SessionRefused(Message, kw_only=True):
     message: str
 
 
-class SessionReleased(Message, kw_only=True):
+class SessionReleased(Message, frozen=True, kw_only=True):
     """All bytes of the session on this worker are free."""
 
     session_id: SessionId
     epoch: Count
 
 
-class SessionBroken(Message, kw_only=True):
+class SessionBroken(Message, frozen=True, kw_only=True):
     """A pass of this session failed or made values that are not finite; its neighbours go on."""
 
     session_id: SessionId
@@ -108,7 +108,7 @@ class SessionBroken(Message, kw_only=True):
     message: str
 
 
-class WorkerLeaving(Message, kw_only=True):
+class WorkerLeaving(Message, frozen=True, kw_only=True):
     """The worker was told to end (SIGTERM) and asks to be drained."""
 
     worker_id: ShortText
@@ -118,14 +118,14 @@ class WorkerLeaving(Message, kw_only=True):
 # ---------------------------------------------------------------- controller -> worker
 
 
-class Lease(Message, kw_only=True):
+class Lease(Message, frozen=True, kw_only=True):
     """Answer to hello and to each heartbeat: the worker may emit for so long after receiving it."""
 
     lease_s: Seconds
     worker_epoch: Count
 
 
-class OpenSession(Message, kw_only=True):
+class OpenSession(Message, frozen=True, kw_only=True):
     """Make room for a session and begin it at `next_index` under `epoch`."""
 
     session_id: SessionId
@@ -139,18 +139,18 @@ class OpenSession(Message, kw_only=True):
     next_index: Count = 0
 
 
-class CloseSession(Message, kw_only=True):
+class CloseSession(Message, frozen=True, kw_only=True):
     """Free everything the worker holds for the session, whatever it is doing. Idempotent."""
 
     session_id: SessionId
     epoch: Count
 
 
-class DrainWorker(Message, kw_only=True):
+class DrainWorker(Message, frozen=True, kw_only=True):
     worker_id: ShortText
 
 
-class StopWorker(Message, kw_only=True):
+class StopWorker(Message, frozen=True, kw_only=True):
     """End now; nothing is owned any more."""
 
     worker_id: ShortText
@@ -160,7 +160,7 @@ class StopWorker(Message, kw_only=True):
 # ---------------------------------------------------------------- gateway -> worker
 
 
-class Credit(Message, kw_only=True):
+class Credit(Message, frozen=True, kw_only=True):
     """Leave to generate one chunk, with its inputs bound. Durable in the gateway's log before it is sent.
 
     `deadline_s` counts from receipt: the time by which the frames should be out to be on time.
@@ -176,7 +176,7 @@ class Credit(Message, kw_only=True):
     deadline_s: float
 
 
-class ChunkAccepted(Message, kw_only=True):
+class ChunkAccepted(Message, frozen=True, kw_only=True):
     """The gateway holds chunk `chunk_index` and everything before it."""
 
     session_id: SessionId
@@ -187,7 +187,7 @@ class ChunkAccepted(Message, kw_only=True):
 # ---------------------------------------------------------------- worker -> gateway
 
 
-class ChunkReady(Message, kw_only=True):
+class ChunkReady(Message, frozen=True, kw_only=True):
     """A chunk's frames lie in the frame ring (the ring's record repeats session, epoch and index).
 
     Times are the worker's own durations, for `explain` and metrics.
@@ -209,7 +209,7 @@ class ChunkReady(Message, kw_only=True):
     continuity: ShortText = ""
 
 
-class ChunkRefused(Message, kw_only=True):
+class ChunkRefused(Message, frozen=True, kw_only=True):
     """A credit the worker cannot honour: wrong epoch or index; `next_index` is what it would take."""
 
     session_id: SessionId
@@ -222,7 +222,7 @@ class ChunkRefused(Message, kw_only=True):
 # ---------------------------------------------------------------- gateway -> controller
 
 
-class GatewayHello(Message, kw_only=True):
+class GatewayHello(Message, frozen=True, kw_only=True):
     version: int = PROTOCOL_VERSION
     gateway_epoch: Count
     pid: Count
@@ -230,7 +230,7 @@ class GatewayHello(Message, kw_only=True):
     data_port: Count
 
 
-class CreateSession(Message, kw_only=True):
+class CreateSession(Message, frozen=True, kw_only=True):
     op_id: Count
     session_id: SessionId
     tenant: ShortText
@@ -247,13 +247,13 @@ class CreateSession(Message, kw_only=True):
     prompt_version: Count = 1
 
 
-class EndSession(Message, kw_only=True):
+class EndSession(Message, frozen=True, kw_only=True):
     op_id: Count
     session_id: SessionId
     reason: ShortText
 
 
-class SessionActivity(Message, kw_only=True):
+class SessionActivity(Message, frozen=True, kw_only=True):
     """Whether a session wants chunks now: attached, not paused, credits not exhausted by the viewer."""
 
     session_id: SessionId
@@ -261,7 +261,7 @@ class SessionActivity(Message, kw_only=True):
     attached: bool
 
 
-class AdminCommand(Message, kw_only=True):
+class AdminCommand(Message, frozen=True, kw_only=True):
     """An operator's wish. `kind`: drain, add_workers, migrate, suspend, top, explain."""
 
     op_id: Count
@@ -274,7 +274,7 @@ class AdminCommand(Message, kw_only=True):
 # ---------------------------------------------------------------- controller -> gateway
 
 
-class OpDone(Message, kw_only=True):
+class OpDone(Message, frozen=True, kw_only=True):
     """Answer to a gateway's op_id; repeated for a repeated op_id. `code` is empty when it went well."""
 
     op_id: Count
@@ -285,7 +285,7 @@ class OpDone(Message, kw_only=True):
     retry_after_s: Seconds = 0.0
 
 
-class WorkerChanged(Message, kw_only=True):
+class WorkerChanged(Message, frozen=True, kw_only=True):
     """A worker is ready, draining or lost. The gateway drops the data socket of a lost one."""
 
     worker_id: ShortText
@@ -295,7 +295,7 @@ class WorkerChanged(Message, kw_only=True):
     reason: ShortText = ""
 
 
-class SessionPlaced(Message, kw_only=True):
+class SessionPlaced(Message, frozen=True, kw_only=True):
     """From now on credits of the session go to this worker under this epoch, from `next_index` on."""
 
     session_id: SessionId
@@ -305,7 +305,7 @@ class SessionPlaced(Message, kw_only=True):
     continuity: ShortText = ""
 
 
-class SessionState(Message, kw_only=True):
+class SessionState(Message, frozen=True, kw_only=True):
     """A session's public state changed. `owned` false: send no credit until SessionPlaced."""
 
     session_id: SessionId
@@ -318,7 +318,7 @@ class SessionState(Message, kw_only=True):
     next_index: int = -1
 
 
-class ClusterSnapshot(Message, kw_only=True):
+class ClusterSnapshot(Message, frozen=True, kw_only=True):
     """What GET /v1/cluster shows, as JSON text; at most four a second."""
 
     body: Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
@@ -327,7 +327,7 @@ class ClusterSnapshot(Message, kw_only=True):
 # ---------------------------------------------------------------- launcher <-> all
 
 
-class Failure(Message, kw_only=True):
+class Failure(Message, frozen=True, kw_only=True):
     """A typed refusal on the wire: the peer closes after sending it."""
 
     code: ShortText
@@ -383,6 +383,7 @@ def decode(data: bytes) -> AnyMessage:
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"a message of {len(data)} bytes", expected=f"at most {MAX_MESSAGE_BYTES} bytes")
     try:
-        return _decoder.decode(data)
+        message: AnyMessage = _decoder.decode(data)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise ProtocolError(f"a message that does not fit its schema: {error}") from None
+    return message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from pathlib import Path
@@ -26,9 +27,10 @@ def listen_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
+            free = free_port(host)
             raise ConfigError(
                 f"port {port} on {host} is taken by {port_owner(port) or 'another process'}",
-                hint=f"stop it, or use a free port: --port {free_port(host)} (make serve PORT={free_port(host)})",
+                hint=f"stop it, or use a free port: --port {free} (make serve PORT={free})",
             ) from None
         if error.errno == errno.EACCES:
             raise ConfigError(f"port {port} needs more rights than this user has", expected="1024 or above") from None
@@ -69,10 +71,17 @@ def port_owner(port: int) -> str | None:
         if not process.name.isdigit():
             continue
         try:
-            links = [link.readlink() for link in (process / "fd").iterdir()]
-            name = (process / "comm").read_text().strip()
+            if not inodes.isdisjoint(_open_files(process)):
+                return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
         except OSError:
             continue  # gone meanwhile, or another user's
-        if any(str(link) in inodes for link in links):
-            return f"{name} (pid {process.name})"
     return None
+
+
+def _open_files(process: Path) -> list[str]:
+    """Where a process's descriptors point; one that closes while we look is left out."""
+    found = []
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(str(link.readlink()))
+    return found

@@ -1,0 +1,186 @@
+"""Session traces: gzip CSV `time_s,session_id,event,chunks[,tenant]` (traces/README.md), read into columns.
+
+Also what can be said of demand from a trace alone: the number of active sessions over time, swept with ends before
+starts at equal times.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from turboserve.errors import TraceError
+from turboserve.sim.events import US
+
+ARRIVE, ACTIVE, IDLE, DEPART = range(4)
+EVENT_NAMES = ("arrive", "active", "idle", "depart")
+_CODE = {name: code for code, name in enumerate(EVENT_NAMES)}
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Events in time order; `session` indexes `session_ids`, `tenant` is per session."""
+
+    name: str
+    time_us: npt.NDArray[np.int64]
+    session: npt.NDArray[np.int64]
+    event: npt.NDArray[np.int8]
+    chunks: npt.NDArray[np.int64]  # trace chunks (1 s of video each) asked for by an `active`, else 0
+    session_ids: tuple[str, ...]
+    tenant: npt.NDArray[np.int64]
+    tenants: tuple[str, ...] = ("default",)
+
+    @property
+    def horizon_us(self) -> int:
+        return int(self.time_us[-1]) if self.time_us.size else 0
+
+    def chunk_counts(self, chunk_s: float) -> npt.NDArray[np.int64]:
+        """Chunks of `chunk_s` video seconds that each event asks for: ceil(chunks * 1.0 / chunk_s)."""
+        return np.ceil(self.chunks / chunk_s - 1e-9).astype(np.int64)
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read and check a trace; a line that breaks the format is named."""
+    path = Path(path)
+    try:
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise TraceError(
+            f"{path}: cannot read the trace ({e})", expected="gzip CSV", hint="see traces/README.md"
+        ) from e
+    rows = csv.reader(io.StringIO(text))
+    header = next(rows, [])
+    if header[:4] != ["time_s", "session_id", "event", "chunks"]:
+        raise TraceError(f"{path}: header {','.join(header)}", expected="time_s,session_id,event,chunks[,tenant]")
+    tenant_column = header.index("tenant") if "tenant" in header else None
+    index: dict[str, int] = {}
+    tenants: dict[str, int] = {}
+    tenant_of: list[int] = []
+    times: list[int] = []
+    sessions: list[int] = []
+    kinds: list[int] = []
+    chunks: list[int] = []
+    open_state: dict[int, int] = {}
+    last = 0
+    for line, row in enumerate(rows, start=2):
+        try:
+            t = round(float(row[0]) * US)
+            kind = _CODE[row[2]]
+            count = int(row[3]) if row[3] else 0
+        except (ValueError, IndexError, KeyError) as e:
+            raise TraceError(f"{path}:{line}: {row} ({e})", expected="time_s,session_id,event,chunks") from e
+        if t < last:
+            raise TraceError(f"{path}:{line}: time goes back", expected="events sorted by time")
+        last = t
+        session = index.setdefault(row[1], len(index))
+        before = open_state.get(session)
+        legal = {
+            ARRIVE: before is None,
+            ACTIVE: before in (ARRIVE, IDLE),
+            IDLE: before == ACTIVE,
+            DEPART: before is not None,
+        }
+        if not legal[kind] or before == DEPART:
+            was = EVENT_NAMES[before] if before is not None else "nothing"
+            raise TraceError(
+                f"{path}:{line}: {row[2]} after {was} in session {row[1]}", expected="arrive, active/idle..., depart"
+            )
+        if kind == ACTIVE and count < 1:
+            raise TraceError(f"{path}:{line}: active without chunks", expected="chunks of at least 1")
+        open_state[session] = kind
+        if kind == ARRIVE:
+            name = row[tenant_column] if tenant_column is not None and len(row) > tenant_column else ""
+            tenant_of.append(tenants.setdefault(name or "default", len(tenants)))
+        times.append(t)
+        sessions.append(session)
+        kinds.append(kind)
+        chunks.append(count if kind == ACTIVE else 0)
+    name = path.name.removesuffix(".gz").removesuffix(".csv")
+    return Trace(
+        name=name,
+        time_us=np.array(times, np.int64),
+        session=np.array(sessions, np.int64),
+        event=np.array(kinds, np.int8),
+        chunks=np.array(chunks, np.int64),
+        session_ids=tuple(index),
+        tenant=np.array(tenant_of, np.int64),
+        tenants=tuple(tenants) or ("default",),
+    )
+
+
+def write_trace(trace: Trace, path: str | Path) -> None:
+    """Write a trace (gzip with mtime 0: equal traces, equal files); a tenant column only if there is more than one."""
+    out = io.StringIO()
+    many = len(trace.tenants) > 1
+    out.write("time_s,session_id,event,chunks" + (",tenant" if many else "") + "\n")
+    columns = zip(
+        trace.time_us.tolist(), trace.session.tolist(), trace.event.tolist(), trace.chunks.tolist(), strict=True
+    )
+    for t, session, event, chunks in columns:
+        row = f"{t / US:.3f},{trace.session_ids[session]},{EVENT_NAMES[event]},{chunks or ''}"
+        out.write(row + (f",{trace.tenants[trace.tenant[session]]}" if many else "") + "\n")
+    data = out.getvalue().encode()
+    path = Path(path)
+    path.write_bytes(gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Active sessions as steps: `count[i]` from `time_us[i]` until the next time (the last one until the horizon)."""
+
+    time_us: npt.NDArray[np.int64]
+    count: npt.NDArray[np.int64]
+
+    @property
+    def peak(self) -> int:
+        return int(self.count.max(initial=0))
+
+    def peak_in(self, start_us: int, end_us: int) -> int:
+        """Largest count held anywhere in [start, end]."""
+        first = max(0, int(np.searchsorted(self.time_us, start_us, side="right")) - 1)
+        last = int(np.searchsorted(self.time_us, end_us, side="right"))
+        return int(self.count[first:last].max(initial=0))
+
+
+def demand(trace: Trace) -> Demand:
+    """Nominal demand: a period is active from its `active` to its `idle` or `depart`."""
+    starts = trace.event == ACTIVE
+    running = np.zeros(len(trace.session_ids), np.bool_)
+    delta = np.zeros(trace.time_us.size, np.int64)
+    for i in range(trace.time_us.size):
+        s = trace.session[i]
+        if starts[i]:
+            delta[i] = 1
+            running[s] = True
+        elif trace.event[i] != ARRIVE and running[s]:
+            delta[i] = -1
+            running[s] = False
+    order = np.lexsort((delta, trace.time_us))  # ends (-1) before starts (+1)
+    times, counts = trace.time_us[order], np.cumsum(delta[order])
+    last_of_instant = np.append(times[1:] != times[:-1], True) if times.size else np.zeros(0, np.bool_)
+    return Demand(times[last_of_instant], counts[last_of_instant])
+
+
+def randomise_phases(trace: Trace, seed: int, chunk_s: float = 1.0) -> Trace:
+    """Each session shifted as a whole by a uniform part of a chunk: breaks phase locking, changes nothing else."""
+    rng = np.random.default_rng(seed)
+    shift = np.round(rng.uniform(0, chunk_s, len(trace.session_ids)) * 1000).astype(np.int64) * 1000
+    times = np.minimum(trace.time_us + shift[trace.session], trace.horizon_us + math.ceil(chunk_s) * US)
+    order = np.argsort(times, kind="stable")
+    return Trace(
+        name=trace.name,
+        time_us=times[order],
+        session=trace.session[order],
+        event=trace.event[order],
+        chunks=trace.chunks[order],
+        session_ids=trace.session_ids,
+        tenant=trace.tenant,
+        tenants=trace.tenants,
+    )

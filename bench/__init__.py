@@ -1,0 +1,1 @@
+"""Benchmarks, installed as turboserve.bench: every figure with its floor, its baseline and its machine."""

@@ -1,0 +1,218 @@
+"""The summary figures, computed again from chunks, decisions and trace; then held against report.json."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from turboserve.audit.findings import TOLERANCE_S, Findings
+from turboserve.audit.fleet import Lifetime
+from turboserve.audit.run_files import Run, TracePeriods
+from turboserve.audit.whereabouts import Whereabouts
+
+PLAYER_DELAY_CHUNKS = 2.5
+"""The viewer's player starts this many chunk targets after the period becomes active."""
+
+EXACT = ("chunks", "delivered", "shed", "batch_n_max")
+CLOSE = ("on_time_share", "reduced_step_share", "worker_hours", "cost")
+SPREADS = ("service_s", "latency_s")
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """mean, p50, p95, p99 and max in seconds; zeros for nothing."""
+    if not values.size:
+        return dict.fromkeys(("mean", "p50", "p95", "p99", "max"), 0.0)
+    p50, p95, p99 = np.percentile(values, [50, 95, 99])
+    return {
+        "mean": float(values.mean()),
+        "p50": float(p50),
+        "p95": float(p95),
+        "p99": float(p99),
+        "max": float(values.max()),
+    }
+
+
+def run_end_s(run: Run, trace: TracePeriods) -> float:
+    """max(horizon, last finish or shedding), where run and bill end."""
+    ends = [trace.horizon_s, run.chunks["finish_s"].max(initial=0.0), run.shed["time_s"].max(initial=0.0)]
+    return float(max(ends))
+
+
+def recompute(
+    run: Run,
+    trace: TracePeriods,
+    fleet: dict[str, Lifetime],
+    where: Whereabouts,
+    profile: dict,
+    *,
+    pace: str,
+    warmup_s: float,
+) -> dict:
+    """The figures of report.json over [warmup_s, end]; rows must name chunks of the trace."""
+    chunks, chunk_s, target_s = run.chunks, profile["chunk_s"], profile["chunk_target_s"]
+    row = trace.first_period[chunks["session_id"]] + chunks["period"]
+    ordinal = chunks["index"] - trace.first_index[row]
+    active_s = trace.active_s[row]
+    service = chunks["finish_s"] - chunks["start_s"]
+    if pace == "realtime":
+        on_time = chunks["finish_s"] <= active_s + PLAYER_DELAY_CHUNKS * target_s + ordinal * chunk_s + TOLERANCE_S
+    else:
+        on_time = service <= target_s + TOLERANCE_S
+    order = np.lexsort((chunks["index"], chunks["session_id"]))
+    previous = np.full(len(order), -np.inf)
+    same = chunks["session_id"][order][1:] == chunks["session_id"][order][:-1]
+    previous[order[1:][same]] = chunks["finish_s"][order[:-1][same]]
+    latency = chunks["finish_s"] - np.maximum(chunks["release_s"], previous)
+    counted = chunks["release_s"] >= warmup_s - TOLERANCE_S
+    shed = int(np.sum(_shed_release_s(run, trace, pace, chunk_s) >= warmup_s - TOLERANCE_S))
+    delivered = int(counted.sum())
+    end_s = run_end_s(run, trace)
+    billed_s = sum(
+        max(0.0, min(life.gone_s, end_s) - max(life.request_s, warmup_s))
+        for life in fleet.values()
+        if life.request_s < math.inf
+    )
+    events = [(line["event"], line["time_s"]) for line in run.decisions]
+
+    def happened(event: str) -> int:
+        return sum(1 for name, time_s in events if name == event and time_s >= warmup_s - TOLERANCE_S)
+
+    return {
+        "chunks": delivered + shed,
+        "delivered": delivered,
+        "shed": shed,
+        "on_time_share": float((on_time & counted).sum() / max(1, delivered + shed)),
+        "service_s": spread(service[counted]),
+        "latency_s": spread(latency[counted]),
+        "first_chunk_s": spread((chunks["finish_s"] - active_s)[counted & (ordinal == 0)]),
+        "batch_n_max": int(chunks["n"][counted].max(initial=0)),
+        "reduced_step_share": float((chunks["steps"] < profile["denoise_steps"])[counted].sum() / max(1, delivered)),
+        "worker_hours": billed_s / 3600.0,
+        "cost": billed_s / 3600.0 * profile.get("price_per_worker_hour", 1.0),
+        "workers": {"mean": billed_s / max(TOLERANCE_S, end_s - warmup_s), "max": _most_billed(fleet, warmup_s, end_s)},
+        "migrations": happened("migrate"),
+        "suspends": happened("suspend"),
+        "resumes": happened("resume"),
+        "scale_outs": happened("worker_request"),
+        "scale_ins": happened("worker_release"),
+        "balance_excess": balance_excess(run, trace, fleet, where, warmup_s, end_s),
+        "end_s": end_s,
+    }
+
+
+def _shed_release_s(run: Run, trace: TracePeriods, pace: str, chunk_s: float) -> np.ndarray:
+    """When the shed chunks were released (closed: a chunk never begun counts from its period's start)."""
+    shed = run.shed
+    known = shed["session_id"] >= 0
+    row = trace.first_period[shed["session_id"][known]] + shed["period"][known]
+    ordinal = shed["index"][known] - trace.first_index[row]
+    late = np.maximum(ordinal - 1, 0) * chunk_s if pace == "realtime" else 0.0
+    return trace.active_s[row] + late
+
+
+def _most_billed(fleet: dict[str, Lifetime], warmup_s: float, end_s: float) -> int:
+    changes = []
+    for life in fleet.values():
+        from_s, to_s = max(life.request_s, warmup_s), min(life.gone_s, end_s)
+        if to_s > from_s:
+            changes += [(from_s, 1), (to_s, -1)]
+    billed = most = 0
+    for _, change in sorted(changes):
+        billed += change
+        most = max(most, billed)
+    return most
+
+
+def balance_excess(
+    run: Run, trace: TracePeriods, fleet: dict[str, Lifetime], where: Whereabouts, warmup_s: float, end_s: float
+) -> float:
+    """Time-weighted mean of (most active sessions on one worker - ceil(active / workers)).
+
+    A session is active from its period's start to that period's last chunk and counts where its memory hold
+    began last: at the target from the moment a migrate has ended, at a resume's target from its start.
+    `workers` are those ready and not yet gone. Moments with no worker ready count as 0.
+    """
+    spans = _active_spans(run, trace)
+    # (time, +1 or -1, worker, or None for the fleet's size)
+    changes: list[tuple[float, int, str | None]] = []
+    for life in fleet.values():
+        if life.ready_s < math.inf:
+            changes += [(life.ready_s, 1, None), (min(life.gone_s, end_s), -1, None)]
+    for session, worker, from_s, to_s in _owned(where):
+        code = trace.code.get(session)
+        for active_from_s, active_to_s in spans.get(code, ()) if code is not None else ():
+            begin_s, finish_s = max(from_s, active_from_s), min(to_s, active_to_s)
+            if finish_s > begin_s:
+                changes += [(begin_s, 1, worker), (finish_s, -1, worker)]
+    changes.sort(key=lambda change: (change[0], change[1]))
+    load: dict[str, int] = {}
+    workers_with: dict[int, int] = {}  # load -> how many workers have it
+    active = workers = most = 0
+    total = before_s = 0.0
+    before_s = warmup_s
+    for time_s, change, worker in changes:
+        now_s = min(max(time_s, warmup_s), end_s)
+        if now_s > before_s:
+            if workers > 0:
+                total += (most - -(-active // workers)) * (now_s - before_s)
+            before_s = now_s
+        if worker is None:
+            workers += change
+            continue
+        active += change
+        old = load.get(worker, 0)
+        load[worker] = old + change
+        workers_with[old] = workers_with.get(old, 0) - 1
+        workers_with[old + change] = workers_with.get(old + change, 0) + 1
+        if old + change > most or (old == most and workers_with[old] == 0):
+            most = old + change
+    return total / max(TOLERANCE_S, end_s - warmup_s)
+
+
+def _owned(where: Whereabouts) -> list[tuple[str, str, float, float]]:
+    """Who runs a session when: its stays, each drawn out to the end of the transfer that ends it."""
+    end_of_transfer: dict[tuple[str, float], float] = {}
+    resumed_from: dict[tuple[str, float], float] = {}
+    for event, session, _, _, from_s, to_s in where.transfers:
+        if event == "migrate":
+            end_of_transfer[session, from_s] = to_s
+        elif event == "resume":
+            resumed_from[session, to_s] = from_s
+    return [
+        (session, worker, resumed_from.get((session, from_s), from_s), end_of_transfer.get((session, to_s), to_s))
+        for session, worker, from_s, to_s in where.stays
+    ]
+
+
+def _active_spans(run: Run, trace: TracePeriods) -> dict[int, list[tuple[float, float]]]:
+    """Per session: [period's start, its last chunk delivered or shed], overlapping ones joined."""
+    last = np.full(len(trace.session), -np.inf)
+    for table, column in ((run.chunks, "finish_s"), (run.shed, "time_s")):
+        known = table["session_id"] >= 0
+        row = trace.first_period[table["session_id"][known]] + table["period"][known]
+        np.maximum.at(last, row, table[column][known])
+    spans: dict[int, list[tuple[float, float]]] = {}
+    for code, from_s, to_s in zip(trace.session.tolist(), trace.active_s.tolist(), last.tolist(), strict=True):
+        mine = spans.setdefault(code, [])
+        if mine and from_s <= mine[-1][1]:
+            mine[-1] = (mine[-1][0], max(mine[-1][1], to_s))
+        elif to_s > from_s:
+            mine.append((from_s, to_s))
+    return spans
+
+
+def check_report(report: dict, figures: dict, findings: Findings) -> None:
+    """The report must not claim other figures than its own files give."""
+
+    def differs(claimed: object, found: float, scale: float) -> bool:
+        return not isinstance(claimed, int | float) or abs(claimed - found) > scale * max(1.0, abs(found))
+
+    for key in EXACT + CLOSE:
+        if key in report and differs(report[key], figures[key], 0.0 if key in EXACT else 1e-5):
+            findings.add("report", f"report.json says {key} {report[key]}; its files give {figures[key]}")
+    for key in SPREADS:
+        for part in ("mean", "max"):
+            claimed = report.get(key, {}).get(part) if isinstance(report.get(key), dict) else None
+            if claimed is not None and differs(claimed, figures[key][part], 5e-6):
+                findings.add("report", f"report.json says {key}.{part} {claimed}; its files give {figures[key][part]}")

@@ -85,6 +85,13 @@ def test_broken_trace_lines_are_named(spoil, words, tmp_path):
         audit_run(directory, trace, str(profile), {})
 
 
+def test_a_reason_may_hold_a_comma(tmp_path):
+    run = ScriptedRun()
+    run.shed[0]["reason"] = 'no room, and "nobody" to ask'
+    directory, trace, profile = run.write(tmp_path)
+    assert audit_run(directory, trace, str(profile), {"warmup_s": 10.0})["violation_counts"] == {}
+
+
 def test_broken_decisions_report_and_profile(tmp_path):
     directory, trace, profile = ScriptedRun().write(tmp_path)
     good = (directory / "decisions.jsonl").read_text()

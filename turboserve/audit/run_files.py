@@ -6,6 +6,7 @@ blocks, because a long window has millions of them.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import math
@@ -107,7 +108,9 @@ def read_trace(path: Path, chunk_s: float) -> TracePeriods:
                     rows.append((code[name], time_s, math.ceil(int(chunks_text) / chunk_s - 1e-9)))
                 elif event == "depart":
                     depart[code[name]] = time_s
-                elif event != "idle":
+                elif event == "idle":
+                    code[name]  # an unknown session is an error here too
+                else:
                     raise ValueError(f"unknown event {event!r}")
             except (ValueError, KeyError) as bad:
                 raise TraceError(
@@ -177,7 +180,11 @@ def _read_csv(
             raise TraceError(f"{path} line 1 lacks {', '.join(missing)}", expected=",".join(wanted))
         line_number = 2
         while block := lines.readlines(BLOCK_BYTES):
-            fields = "".join(block).replace("\r", "").rstrip("\n").replace("\n", ",").split(",")
+            text = "".join(block).replace("\r", "").rstrip("\n")
+            if '"' in text:  # a quoted reason may hold commas; such files are short
+                block = [",".join(field.replace(",", ";") for field in row) for row in csv.reader(text.split("\n"))]
+                text = "\n".join(block)
+            fields = text.replace("\n", ",").split(",")
             if len(fields) != len(block) * len(header):
                 bad = next(i for i, line in enumerate(block) if line.count(",") != len(header) - 1)
                 raise TraceError(

@@ -22,8 +22,9 @@ from turboserve.errors import Overloaded, ProtocolError
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.runtime import channel, lifeline, logs
 from turboserve.runtime import messages as m
+from turboserve.runtime.controller_books import GATEWAY, Decide, Drop, Effect, Send
 from turboserve.runtime.controller_config import ControllerConfig
-from turboserve.runtime.controller_logic import GATEWAY, ControllerLogic, Decide, Drop, Effect, Send
+from turboserve.runtime.controller_logic import ControllerLogic
 from turboserve.runtime.directory import Directory
 
 SNAPSHOT_S = 0.25
@@ -49,9 +50,11 @@ def live_profile(config: ControllerConfig) -> LatencyProfile:
 
 
 def scheduler_tick() -> Decide:
+    """The decision function, from where the simulator takes it too."""
     from turboserve.orchestrator.scheduler import tick
 
-    return tick
+    decide: Decide = tick
+    return decide
 
 
 class ControlLoop:

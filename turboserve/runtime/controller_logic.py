@@ -13,107 +13,18 @@ answered gets its first answer again.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
-
-import numpy as np
-
 from turboserve.errors import Conflict
 from turboserve.orchestrator import plan as plans
 from turboserve.orchestrator import view as views
-from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.runtime import messages as m
-from turboserve.session import TERMINAL, SessionRecord, SessionState, public_state
+from turboserve.runtime.controller_books import GATEWAY, ControllerBooks, Drop, Effect, Live, Send, Worker
+from turboserve.session import SessionRecord, SessionState, public_state
 
-OPS_KEPT = 4096
-DECISIONS_KEPT = 100
 STRIKES_MAX = 3
-GATEWAY = "gateway"
-
-Decide: TypeAlias = Callable[[views.ClusterView, Any, float], tuple[plans.Plan, Any]]
 
 
-class Store(Protocol):
-    """The directory as the logic needs it (runtime/directory.py; in memory for simulated networks)."""
-
-    def insert(self, record: SessionRecord) -> None: ...
-    def own(self, session_id: str, seen_epoch: int, owner: str | None, state: SessionState) -> int: ...
-    def set_state(self, session_id: str, state: SessionState, reason: str = "", strikes: int | None = None) -> None: ...
-    def forget(self, session_id: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Put `message` on the channel to `to`: a worker id, or GATEWAY."""
-
-    to: str
-    message: m.Message
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Close the channel to `to`."""
-
-    to: str
-    reason: str
-
-
-Effect: TypeAlias = Send | Drop
-
-
-@dataclass(slots=True)
-class Worker:
-    hello: m.WorkerHello
-    row: int
-    state: str
-    lease_until_s: float
-    stats: m.Heartbeat | None = None
-
-
-@dataclass(slots=True)
-class Live:
-    """A session that has not ended, with what the gateway asked for."""
-
-    record: SessionRecord
-    request: m.CreateSession
-    row: int
-    attached: bool = False
-    queued_since_s: float = 0.0
-
-
-class ControllerLogic:
+class ControllerLogic(ControllerBooks):
     """One controller. All times are seconds of one monotonic clock, passed in."""
-
-    def __init__(
-        self,
-        store: Store,
-        decide: Decide,
-        profile: LatencyProfile,
-        *,
-        lease_s: float = 2.0,
-        queue_max: int = 64,
-        queue_age_max_s: float = 120.0,
-        steps_floor: int | None = None,
-    ) -> None:
-        self._store = store
-        self._decide = decide
-        self._memory: Any = None
-        self.view = views.make_view((profile,), steps_floor=steps_floor)
-        self.lease_s = lease_s
-        self.queue_max = queue_max
-        self.queue_age_max_s = queue_age_max_s
-        self.workers: dict[str, Worker] = {}
-        self.sessions: dict[str, Live] = {}
-        self.decisions: deque[dict[str, Any]] = deque(maxlen=DECISIONS_KEPT)
-        self.wake_at_s: float | None = None
-        self.changed = True
-        self._free_rows: list[int] = []
-        self._free_worker_rows: list[int] = []
-        self._tenants: dict[str, int] = {}
-        self._ops: OrderedDict[int, m.OpDone] = OrderedDict()
-        self._out: list[Effect] = []
 
     # ------------------------------------------------------------------ events
 
@@ -286,7 +197,8 @@ class ControllerLogic:
 
     def _on_SessionBroken(self, source: str, broken: m.SessionBroken, now_s: float) -> None:
         live = self._owned(source, broken.session_id, broken.epoch)
-        if live is not None and live.record.state not in TERMINAL:
+        # One that closes already is on its way out: its release ends it.
+        if live is not None and live.record.state is not SessionState.CLOSING:
             message = f"chunk {broken.chunk_index}: {broken.message}"
             self._out.append(Send(source, m.CloseSession(session_id=broken.session_id, epoch=broken.epoch)))
             self._fail(live, broken.code or "session_failed", message)
@@ -459,129 +371,3 @@ class ControllerLogic:
                 ),
             )
         )
-
-    # ------------------------------------------------------------------ small things
-
-    def _queue(self) -> list[Live]:
-        """Waiting sessions, longest first (sessions is in order of arrival)."""
-        return [live for live in self.sessions.values() if live.record.state is SessionState.QUEUED]
-
-    def _queue_position(self, session_id: str) -> int:
-        """1 for the next one; -1 when it does not wait."""
-        ids = [live.record.session_id for live in self._queue()]
-        return ids.index(session_id) + 1 if session_id in ids else -1
-
-    def _tell_queue(self) -> None:
-        for live in self._queue():
-            self._tell_session(live)
-
-    def _tell_session(self, live: Live, code: str = "") -> None:
-        record = live.record
-        self._out.append(
-            Send(
-                GATEWAY,
-                m.SessionState(
-                    session_id=record.session_id,
-                    state=public_state(record.state).value,
-                    epoch=record.epoch,
-                    owned=record.state in (SessionState.RUNNING, SessionState.STALLED),
-                    reason=record.reason[:256],
-                    code=code,
-                    queue_position=self._queue_position(record.session_id),
-                ),
-            )
-        )
-
-    def _move(self, live: Live, to: SessionState, reason: str = "") -> None:
-        live.record.move(to, reason)
-        self._store.set_state(live.record.session_id, to, reason, live.record.strikes)
-
-    def _fail(self, live: Live, code: str, message: str) -> None:
-        live.record.move(SessionState.FAILED, message)
-        self._tell_session(live, code)
-        self._forget(live, SessionState.FAILED)
-
-    def _forget(self, live: Live, last: SessionState) -> None:
-        """A session ended: its row is free, and the directory no longer lists it."""
-        if live.record.state is not last:
-            live.record.move(last)
-            self._tell_session(live)
-        self._store.forget(live.record.session_id)
-        self._set_row(live, views.GONE)
-        self.view.sessions.active[live.row] = False
-        self._free_rows.append(live.row)
-        del self.sessions[live.record.session_id]
-
-    def _set_row(self, live: Live, state: int, worker_row: int = views.NOWHERE) -> None:
-        self.view.sessions.state[live.row] = state
-        self.view.sessions.worker[live.row] = worker_row
-
-    def _tenant(self, name: str, weight: float) -> int:
-        if name not in self._tenants:
-            self._tenants[name] = len(self._tenants)
-            weights = list(self.view.tenant_weights)[: len(self._tenants) - 1]
-            self.view.tenant_weights = (*weights, weight)
-        return self._tenants[name]
-
-    def _answered(self, op_id: int) -> bool:
-        first = self._ops.get(op_id)
-        if first is None:
-            return False
-        self._out.append(Send(GATEWAY, first))
-        return True
-
-    def _answer(self, op_id: int, **fields: Any) -> None:
-        done = m.OpDone(op_id=op_id, **fields)
-        self._ops[op_id] = done
-        while len(self._ops) > OPS_KEPT:
-            self._ops.popitem(last=False)
-        self._out.append(Send(GATEWAY, done))
-
-    def _note(self, now_s: float, event: str, *, reason: str, worker: str = "", session: str = "") -> None:
-        row: dict[str, Any] = {"time_s": round(now_s, 3), "event": event, "reason": reason}
-        if worker:
-            row["worker"] = worker
-        if session:
-            row["session"] = session
-        self.decisions.append(row)
-
-    def snapshot(self) -> dict[str, Any]:
-        """What GET /v1/cluster shows."""
-        counts: dict[str, int] = {}
-        for live in self.sessions.values():
-            name = public_state(live.record.state).value
-            counts[name] = counts.get(name, 0) + 1
-        active = self.view.sessions.active & (self.view.sessions.state == views.HELD)
-        workers = []
-        for worker_id, worker in sorted(self.workers.items()):
-            held = self._held_by(worker_id)
-            stats = worker.stats
-            workers.append(
-                {
-                    "id": worker_id,
-                    "pid": worker.hello.pid,
-                    "node": worker.hello.node,
-                    "state": worker.state,
-                    "device": worker.hello.device,
-                    "model": worker.hello.model,
-                    "active": int(np.count_nonzero(active & (self.view.sessions.worker == worker.row))),
-                    "resident": len(held),
-                    "capacity": worker.hello.capacity,
-                    "slots": worker.hello.slot_count,
-                    "chunk_latency_ms": round(stats.chunk_latency_ms, 3) if stats else 0.0,
-                    "batch_size": round(stats.batch_size_mean, 3) if stats else 0.0,
-                    "busy_share": round(stats.busy_share, 3) if stats else 0.0,
-                    "chunks": stats.chunks if stats else 0,
-                    "device_bytes": stats.device_bytes if stats else 0,
-                    "rss_bytes": stats.rss_bytes if stats else 0,
-                    "sessions": [
-                        {
-                            "id": live.record.session_id,
-                            "state": public_state(live.record.state).value,
-                            "active": bool(self.view.sessions.active[live.row]),
-                        }
-                        for live in held
-                    ],
-                }
-            )
-        return {"workers": workers, "sessions": counts, "decisions": list(self.decisions)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 from turboserve.errors import Conflict, CorruptState
 from turboserve.session import SessionRecord, SessionState
@@ -106,16 +107,16 @@ class Directory:
     def sessions(self) -> list[SessionRecord]:
         """All records, oldest first."""
         rows = self._db.execute(f"SELECT {_COLUMNS} FROM sessions ORDER BY created_s, session_id").fetchall()
-        return [
-            SessionRecord(
-                *row[:4], created_s=row[4], width=row[5], height=row[6], steps=row[7],
-                state=SessionState(row[8]), epoch=row[9], owner=row[10], reason=row[11], strikes=row[12],
-            )
-            for row in rows
-        ]  # fmt: skip
+        return [_record(row) for row in rows]
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)
+
+
+def _record(row: tuple[Any, ...]) -> SessionRecord:
+    """A row in the order of _COLUMNS, which is the order of the record's fields."""
+    fields = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    return SessionRecord(**(fields | {"state": SessionState(fields["state"])}))
 
 
 class _Transaction:

@@ -1,0 +1,328 @@
+"""The controller's state machine: admission, placement, queue, loss of workers, and messages that come twice."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from turboserve.errors import Conflict
+from turboserve.orchestrator import plan as plans
+from turboserve.orchestrator import view as views
+from turboserve.orchestrator.latency import LatencyProfile
+from turboserve.runtime import messages as m
+from turboserve.runtime.controller_books import GATEWAY, Drop, Send
+from turboserve.runtime.controller_logic import ControllerLogic
+from turboserve.session import SessionRecord, SessionState
+
+CAPACITY = 2
+
+
+class MemoryStore:
+    """The directory's rules without its file."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[int, str | None, SessionState]] = {}
+
+    def insert(self, record: SessionRecord) -> None:
+        if record.session_id in self.rows:
+            raise Conflict("exists")
+        self.rows[record.session_id] = (record.epoch, record.owner, record.state)
+
+    def own(self, session_id: str, seen_epoch: int, owner: str | None, state: SessionState) -> int:
+        if self.rows[session_id][0] != seen_epoch:
+            raise Conflict("epoch")
+        self.rows[session_id] = (seen_epoch + 1, owner, state)
+        return seen_epoch + 1
+
+    def set_state(self, session_id: str, state: SessionState, reason: str = "", strikes: int | None = None) -> None:
+        epoch, owner, _ = self.rows[session_id]
+        self.rows[session_id] = (epoch, owner, state)
+
+    def forget(self, session_id: str) -> None:
+        del self.rows[session_id]
+
+
+def fill_in_order(view: views.ClusterView, memory: object, now_s: float):
+    """A scheduler small enough to foresee: first worker with room, at most CAPACITY sessions each."""
+    actions: list[plans.Action] = []
+    workers = view.workers
+    ready = [row for row in range(workers.count) if workers.state[row] == views.READY]
+    held = {row: int((view.sessions.worker[: view.sessions.count] == row).sum()) for row in ready}
+    for session in sorted(view.open_sessions(), key=lambda one: one.row):
+        if session.state != "new":
+            continue
+        roomy = [row for row in ready if held[row] < CAPACITY]
+        if roomy:
+            held[roomy[0]] += 1
+            actions.append(plans.Place(session.id, workers.ids[roomy[0]], "first with room"))
+        else:
+            actions.append(plans.Queue(session.id, "no room"))
+    return plans.Plan(tuple(actions)), memory
+
+
+def profile() -> LatencyProfile:
+    return LatencyProfile(
+        name="test", chunk_s=1, chunk_target_s=1, batch_latency_s=(0.5, 1.0), capacity=2, resident_max=2,
+        denoise_steps=4, denoise_steps_floor=4, step_latency_share=0.8,
+    )  # fmt: skip
+
+
+def make(**options) -> ControllerLogic:
+    return ControllerLogic(MemoryStore(), fill_in_order, profile(), **options)
+
+
+def hello(worker_id: str, epoch: int = 1) -> m.WorkerHello:
+    return m.WorkerHello(
+        worker_id=worker_id, worker_epoch=epoch, pid=1, node="n", model="shapes", model_hash="h", numerics_id="num",
+        device="cpu", device_class="cpu", slot_count=CAPACITY, capacity=CAPACITY,
+    )  # fmt: skip
+
+
+def sid(number: int) -> str:
+    return f"{number:026d}"
+
+
+_ops = itertools.count(1)
+
+
+def create(number: int, op_id: int | None = None) -> m.CreateSession:
+    return m.CreateSession(
+        op_id=op_id or next(_ops), session_id=sid(number), tenant="t", model="shapes", seed=1, width=96, height=96,
+        steps=4, prompt="a red circle",
+    )  # fmt: skip
+
+
+def end(number: int) -> m.EndSession:
+    return m.EndSession(op_id=next(_ops), session_id=sid(number), reason="asked")
+
+
+def sent(effects, kind, to=None):
+    return [
+        one.message
+        for one in effects
+        if isinstance(one, Send) and isinstance(one.message, kind) and to in (None, one.to)
+    ]
+
+
+def started(logic: ControllerLogic, *workers: str) -> None:
+    for worker_id in workers:
+        logic.on_message(worker_id, hello(worker_id), 0.0)
+
+
+def test_a_session_is_placed_opened_and_closed():
+    logic = make()
+    started(logic, "w0")
+    effects = logic.on_message(GATEWAY, create(1), 1.0)
+    (opened,) = sent(effects, m.OpenSession, "w0")
+    (done,) = sent(effects, m.OpDone)
+    assert (opened.epoch, done.code, done.state, done.queue_position) == (1, "", "active", -1)
+    effects = logic.on_message("w0", m.SessionOpened(session_id=sid(1), epoch=1), 1.1)
+    (placed,) = sent(effects, m.SessionPlaced)
+    assert (placed.worker_id, placed.epoch, placed.numerics_id) == ("w0", 1, "num")
+    effects = logic.on_message(GATEWAY, end(1), 2.0)
+    assert sent(effects, m.CloseSession, "w0")
+    assert logic.sessions, "it is not gone before the worker has let go"
+    effects = logic.on_message("w0", m.SessionReleased(session_id=sid(1), epoch=1), 2.1)
+    assert sent(effects, m.SessionState)[-1].state == "closed"
+    assert not logic.sessions and not logic._store.rows
+
+
+def test_queue_positions_move_up_and_the_queue_is_bounded():
+    logic = make(queue_max=2)
+    started(logic, "w0")
+    answers = [sent(logic.on_message(GATEWAY, create(number), 1.0), m.OpDone)[0] for number in range(5)]
+    assert [one.queue_position for one in answers[:4]] == [-1, -1, 1, 2]
+    assert (answers[4].code, answers[4].retry_after_s > 0) == ("overloaded", True)
+    for number in (0, 1):
+        logic.on_message("w0", m.SessionOpened(session_id=sid(number), epoch=1), 1.5)
+    logic.on_message(GATEWAY, end(0), 2.0)
+    effects = logic.on_message("w0", m.SessionReleased(session_id=sid(0), epoch=1), 2.1)
+    assert sent(effects, m.OpenSession)[0].session_id == sid(2)
+    states = {one.session_id: one for one in sent(effects, m.SessionState)}
+    assert states[sid(3)].queue_position == 1
+
+
+def test_an_operation_repeated_is_answered_as_the_first_time():
+    logic = make()
+    started(logic, "w0")
+    first = sent(logic.on_message(GATEWAY, create(1, op_id=77), 1.0), m.OpDone)
+    effects = logic.on_message(GATEWAY, create(1, op_id=77), 1.2)
+    assert sent(effects, m.OpDone) == first
+    assert not sent(effects, m.OpenSession)
+    assert sent(logic.on_message(GATEWAY, create(1), 1.3), m.OpDone)[0].code == "conflict"
+
+
+def test_a_lost_worker_ends_its_sessions_visibly():
+    for how in ("disconnect", "lease"):
+        logic = make(lease_s=2.0)
+        started(logic, "w0")
+        logic.on_message(GATEWAY, create(1), 1.0)
+        logic.on_message("w0", m.SessionOpened(session_id=sid(1), epoch=1), 1.0)
+        effects = logic.on_disconnect("w0", 1.5) if how == "disconnect" else logic.on_timer(60.0)
+        state = sent(effects, m.SessionState)[-1]
+        assert (state.state, state.code) == ("failed", "worker_lost")
+        assert sent(effects, m.WorkerChanged)[0].state == "lost"
+        assert logic.view.workers.state[0] == views.ABSENT
+
+
+def test_heartbeats_keep_the_lease():
+    logic = make(lease_s=2.0)
+    started(logic, "w0")
+    for now_s in range(1, 20):
+        beat = m.Heartbeat(
+            worker_id="w0", worker_epoch=1, active=0, resident=0, slots_free=2, busy_share=0, chunk_latency_ms=0,
+            batch_size_mean=0, chunks=0, passes=0, device_bytes=0,
+        )  # fmt: skip
+        assert sent(logic.on_message("w0", beat, float(now_s)), m.Lease)[0].lease_s == 2.0
+        assert not [one for one in logic.on_timer(float(now_s)) if isinstance(one, Drop)]
+    assert "w0" in logic.workers
+
+
+def test_a_refusing_worker_is_given_up_after_three_strikes():
+    logic = make(lease_s=100.0)
+    started(logic, "w0")
+    effects = logic.on_message(GATEWAY, create(1), 1.0)
+    for turn in range(3):
+        epoch = sent(effects, m.OpenSession)[0].epoch
+        refused = m.SessionRefused(session_id=sid(1), epoch=epoch, code="pool_exhausted", message="no slot")
+        effects = logic.on_message("w0", refused, 2.0 + turn)
+        if turn < 2:
+            assert sent(effects, m.SessionState)[-1].state == "queued"
+            effects = logic.on_timer(2.5 + turn)
+    assert sent(effects, m.SessionState)[-1].state == "failed"
+
+
+def test_stale_epochs_are_ignored():
+    logic = make()
+    started(logic, "w0")
+    logic.on_message(GATEWAY, create(1), 1.0)
+    assert logic.on_message("w0", m.SessionOpened(session_id=sid(1), epoch=9), 1.1) == []
+    assert logic.on_message("w1", m.SessionOpened(session_id=sid(1), epoch=1), 1.1) == []
+    assert logic.sessions[sid(1)].record.state is SessionState.LOADING
+
+
+def test_a_gateway_that_comes_back_hears_where_everything_is():
+    logic = make()
+    started(logic, "w0")
+    logic.on_message(GATEWAY, create(1), 1.0)
+    logic.on_message("w0", m.SessionOpened(session_id=sid(1), epoch=1), 1.1)
+    back = m.GatewayHello(gateway_epoch=2, pid=1, data_host="127.0.0.1", data_port=1)
+    effects = logic.on_message(GATEWAY, back, 5.0)
+    assert sent(effects, m.SessionPlaced)[0].session_id == sid(1)
+    assert sent(effects, m.WorkerChanged)[0].worker_id == "w0"
+
+
+def test_drain_lets_sessions_end_and_then_stops_the_worker():
+    logic = make()
+    started(logic, "w0")
+    logic.on_message(GATEWAY, create(1), 1.0)
+    logic.on_message("w0", m.SessionOpened(session_id=sid(1), epoch=1), 1.1)
+    drain = m.AdminCommand(op_id=next(_ops), kind="drain", worker_id="w0")
+    effects = logic.on_message(GATEWAY, drain, 2.0)
+    assert not sent(effects, m.StopWorker)
+    assert sent(logic.on_message(GATEWAY, create(2), 2.1), m.OpDone)[0].state == "queued"
+    logic.on_message(GATEWAY, end(1), 3.0)
+    effects = logic.on_message("w0", m.SessionReleased(session_id=sid(1), epoch=1), 3.1)
+    assert sent(effects, m.StopWorker, "w0")
+
+
+def test_a_message_for_somebody_else_drops_its_sender():
+    effects = make().on_message("w0", m.Lease(lease_s=1, worker_epoch=1), 0.0)
+    assert isinstance(effects[0], Drop)
+
+
+class Storm(RuleBasedStateMachine):
+    """Anything in any order; the store, the view and the table of sessions must agree after every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logic = make(queue_max=3, queue_age_max_s=30.0)
+        self.now_s = 0.0
+        self.epochs = {"w0": 0, "w1": 0}
+        self.created = 0
+        self.ended: set[str] = set()
+
+    def feed(self, source: str, message: m.Message) -> None:
+        self.note_ends(self.logic.on_message(source, message, self.now_s))
+
+    def note_ends(self, effects) -> None:
+        for state in sent(effects, m.SessionState):
+            if state.state in ("closed", "failed"):
+                assert state.session_id not in self.ended, "ended twice"
+                self.ended.add(state.session_id)
+
+    @rule(worker=st.sampled_from(["w0", "w1"]))
+    def worker_comes(self, worker):
+        self.epochs[worker] += 1
+        self.feed(worker, hello(worker, self.epochs[worker]))
+
+    @rule(worker=st.sampled_from(["w0", "w1"]))
+    def worker_goes(self, worker):
+        self.note_ends(self.logic.on_disconnect(worker, self.now_s))
+
+    @rule()
+    def create(self):
+        self.created += 1
+        self.feed(GATEWAY, create(self.created))
+
+    @precondition(lambda self: self.logic.sessions)
+    @rule(data=st.data(), kind=st.sampled_from(["open", "refuse", "break", "release", "end", "idle", "active"]))
+    def happens(self, data, kind):
+        key = data.draw(st.sampled_from(sorted(self.logic.sessions)))
+        record = self.logic.sessions[key].record
+        owner = record.owner or "w0"
+        epoch = record.epoch - data.draw(st.sampled_from([0, 0, 0, 1])) if record.epoch else 0
+        self.feed(
+            GATEWAY if kind in ("end", "idle", "active") else owner,
+            {
+                "open": lambda: m.SessionOpened(session_id=key, epoch=epoch),
+                "refuse": lambda: m.SessionRefused(session_id=key, epoch=epoch, code="x", message="y"),
+                "break": lambda: m.SessionBroken(session_id=key, epoch=epoch, chunk_index=0, code="x", message="y"),
+                "release": lambda: m.SessionReleased(session_id=key, epoch=epoch),
+                "end": lambda: m.EndSession(op_id=next(_ops), session_id=key, reason="r"),
+                "idle": lambda: m.SessionActivity(session_id=key, active=False, attached=False),
+                "active": lambda: m.SessionActivity(session_id=key, active=True, attached=True),
+            }[kind](),
+        )
+
+    @rule(seconds=st.floats(0.01, 1.5))
+    def time_passes(self, seconds):
+        self.now_s += seconds
+        self.note_ends(self.logic.on_timer(self.now_s))
+
+    @invariant()
+    def books_agree(self):
+        logic = self.logic
+        assert set(logic._store.rows) == set(logic.sessions)
+        for key, live in logic.sessions.items():
+            epoch, owner, state = logic._store.rows[key]
+            assert (epoch, owner) == (live.record.epoch, live.record.owner)
+            stalled = {SessionState.RUNNING, SessionState.STALLED}  # activity is kept in memory alone
+            assert state is live.record.state or {state, live.record.state} <= stalled
+            row_worker = int(logic.view.sessions.worker[live.row])
+            if live.record.owner is None:
+                assert row_worker == views.NOWHERE
+            else:
+                assert logic.view.workers.ids[row_worker] == live.record.owner
+                assert live.record.owner in logic.workers
+        in_view = {one.id for one in logic.view.open_sessions()}
+        assert in_view == set(logic.sessions)
+        assert not self.ended & set(logic.sessions)
+        assert len(logic._queue()) <= logic.queue_max + 2 * CAPACITY
+
+
+TestStorm = Storm.TestCase
+TestStorm.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_snapshot_is_what_the_page_needs():
+    logic = make()
+    started(logic, "w0")
+    logic.on_message(GATEWAY, create(1), 1.0)
+    shown = logic.snapshot()
+    assert shown["workers"][0] | {"id": "w0", "state": "ready", "resident": 1, "capacity": 2} == shown["workers"][0]
+    assert shown["sessions"] == {"active": 1}
+    assert all("reason" in one for one in shown["decisions"])

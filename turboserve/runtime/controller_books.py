@@ -106,6 +106,9 @@ class ControllerBooks:
         self._ops: OrderedDict[int, m.OpDone] = OrderedDict()
         self._out: list[Effect] = []
 
+    def _held_by(self, worker_id: str) -> list[Live]:
+        return [live for live in self.sessions.values() if live.record.owner == worker_id]
+
     def _queue(self) -> list[Live]:
         """Waiting sessions, longest first (sessions is in order of arrival)."""
         return [live for live in self.sessions.values() if live.record.state is SessionState.QUEUED]

@@ -119,9 +119,6 @@ class ControllerLogic(ControllerBooks):
         if worker and worker.state == "draining" and not self._held_by(worker_id):
             self._out.append(Send(worker_id, m.StopWorker(worker_id=worker_id, reason="drained, it owns nothing")))
 
-    def _held_by(self, worker_id: str) -> list[Live]:
-        return [live for live in self.sessions.values() if live.record.owner == worker_id]
-
     def _lose_worker(self, worker_id: str, reason: str, now_s: float) -> None:
         worker = self.workers.pop(worker_id)
         self.view.workers.state[worker.row] = views.ABSENT

@@ -14,11 +14,11 @@ launcher dies, however it died. Importing this module needs no torch.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, fields
 
 from turboserve.errors import ConfigError
+from turboserve.runtime.lifeline import json_fd, read_fd
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +82,12 @@ class WorkerConfig:
 
 def config_fd(config: WorkerConfig) -> int:
     """An inheritable memory file that holds the config; pass it to the worker and close it afterwards."""
-    fd = os.memfd_create("turboserve-worker-config", 0)
-    os.write(fd, config.to_json().encode())
-    os.lseek(fd, 0, os.SEEK_SET)
-    os.set_inheritable(fd, True)
-    return fd
+    return json_fd(config.to_json(), "turboserve-worker-config")
 
 
 def read_config(fd: int) -> WorkerConfig:
     """The worker's end: read the whole file and close it."""
-    with os.fdopen(fd, "rb") as file:
-        file.seek(0)
-        return WorkerConfig.from_json(file.read())
+    return WorkerConfig.from_json(read_fd(fd))
 
 
 def worker_argv(fd: int) -> list[str]:

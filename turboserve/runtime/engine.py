@@ -1,0 +1,256 @@
+"""Pass-level continuous batching: one packed pass at a time, made of whatever segments are ready and most urgent.
+
+A session with a credit has a list of segments for that chunk: its denoise steps, then the context pass. They run
+strictly in order; between two passes anything may happen, so a newcomer joins at the next pass, not at the next chunk.
+
+    submit(chunk)  ->  pass, pass, ...  ->  last denoise step: decode, digest, frames out  ->  context pass: committed
+
+Frames go out before the context pass: a viewer does not wait for it. Until the frames are out a chunk can be cancelled
+without a trace, because denoise passes write to the scratch page alone; after that it is part of the history.
+
+A fault belongs to one session. When a packed pass raises, its segments run again one by one (denoise and context passes
+may be repeated), and whoever raises alone is broken. Values that are not finite are found by the model's decode. A
+broken session keeps its slot until it is closed; its neighbours' bits do not change.
+
+The engine has no thread and no clock of its own: a caller with both calls `run_pass` while `has_work`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from turboserve.digest import next_digest
+from turboserve.errors import Conflict, NotFound, SessionPoisoned, TurboServeError
+from turboserve.model.interface import ChunkRequest, Control, PackedBatch, Segment, StreamingModel, pack
+from turboserve.runtime.batch import form_batch
+from turboserve.runtime.cost_model import MeasuredCost
+from turboserve.runtime.kv_pool import KvPool
+from turboserve.runtime.pass_timer import PassTimer
+from turboserve.runtime.ranges import span
+from turboserve.runtime.session_tensors import ChunkWork, HeldSession, QueuedChunk, hold_session
+from turboserve.runtime.worker_events import BrokenSession, FinishedChunk, PassEvent
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the start; whoever reports takes differences."""
+
+    passes: int = 0
+    segments: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    broken: int = 0
+    cancelled: int = 0
+    busy_s: float = 0.0
+    chunk_latency_s: float = 0.0
+    """Sum over chunks of credit received to frames out."""
+
+
+class Engine:
+    """The sessions of one worker and the passes over them. For one thread."""
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        pool: KvPool,
+        cost: MeasuredCost | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.cost = cost or MeasuredCost(segment_max=pool.slot_count)
+        self.stats = EngineStats()
+        self._clock = clock
+        self._timer = PassTimer(pool.device)
+        self._sessions: dict[str, HeldSession] = {}
+
+    # ------------------------------------------------------------------ sessions
+
+    def open(self, session_id: str, seed: int, control: Control) -> None:
+        """Take a slot and begin. PoolExhausted or what the model raises; then nothing is held."""
+        self._sessions[session_id] = hold_session(self.pool, self.model, session_id, seed, control)
+
+    def close(self, session_id: str) -> None:
+        """Free all that the session holds, whatever it is doing. Unknown sessions are no error."""
+        if self._sessions.pop(session_id, None) is not None:
+            self.pool.release(session_id)
+
+    def submit(self, session_id: str, request: ChunkRequest, deadline_s: float) -> None:
+        """Queue one chunk; its index must be the next. `deadline_s` is a time of the engine's clock."""
+        session = self._session(session_id)
+        if session.fault is not None:
+            raise SessionPoisoned(f"session {session_id} is broken: {session.fault}")
+        if request.chunk_index != session.next_unqueued_index:
+            raise Conflict(
+                f"chunk {request.chunk_index} of session {session_id}", expected=str(session.next_unqueued_index)
+            )
+        session.queue.append(QueuedChunk(request, deadline_s, self._clock()))
+
+    def cancel(self, session_id: str) -> int:
+        """Drop every chunk whose frames are not out; the index of the first chunk that may be submitted again.
+
+        A chunk whose frames are out goes on to its context pass: it is part of the history already.
+        """
+        session = self._session(session_id)
+        dropped = len(session.queue)
+        session.queue.clear()
+        if session.work is not None and not session.work.emitted:
+            session.work = None
+            dropped += 1
+        self.stats.cancelled += dropped
+        return session.next_unqueued_index
+
+    @property
+    def session_count(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `run_pass` would do something; when not, the caller should block, not spin."""
+        return any(one.work is not None or one.queue for one in self._sessions.values())
+
+    @property
+    def active_count(self) -> int:
+        """Sessions with a chunk in work or queued."""
+        return sum(one.work is not None or bool(one.queue) for one in self._sessions.values())
+
+    def next_chunk_index(self, session_id: str) -> int:
+        """The chunk that comes after the last committed one."""
+        return self._session(session_id).state.next_chunk_index
+
+    def _session(self, session_id: str) -> HeldSession:
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise NotFound(f"session {session_id} is not on this worker")
+        return session
+
+    # ------------------------------------------------------------------ passes
+
+    def run_pass(self) -> list[PassEvent]:
+        """Form one packed pass, run it, and return what came of it: frames that are out, sessions that broke."""
+        events: list[PassEvent] = []
+        for session in self._sessions.values():
+            if session.work is None and session.queue:
+                self._begin_chunk(session, events)
+        working = [one for one in self._sessions.values() if one.work is not None]
+        if not working:
+            return events
+        started_s = self._clock()
+        chosen, batch = form_batch(working, started_s, self.cost, self.model.spec.chunk_s)
+        for session in chosen:
+            assert session.work is not None
+            session.work.batch_sizes.append(len(chosen))
+            if session.work.started_s is None:
+                session.work.started_s = started_s
+        self.stats.passes += 1
+        self.stats.segments += len(chosen)
+        self.stats.tokens += batch.tokens
+        with span("pass"), torch.inference_mode():
+            results = self._forward(batch)
+            for session, result in zip(chosen, results, strict=True):
+                self._take(session, result, events)
+        self.stats.busy_s += self._clock() - started_s
+        return events
+
+    def _begin_chunk(self, session: HeldSession, events: list[PassEvent]) -> None:
+        """Ask the model for the segments of the session's next credited chunk."""
+        queued = session.queue.pop(0)
+        try:
+            with torch.inference_mode():
+                segments = self.model.next_passes(session.state, queued.request)
+        except Exception as error:  # whatever a model raises for one session must not end the others
+            if is_fatal(error):
+                raise
+            self._break(session, queued.request.chunk_index, error, events)
+            return
+        session.work = ChunkWork(queued.request, segments, queued.deadline_s, queued.queued_s)
+
+    def _forward(self, batch: PackedBatch) -> list[torch.Tensor | Exception]:
+        """Rows of each segment, or what it raised when it ran alone."""
+        try:
+            with self._timer.measure(len(batch.segments), batch.tokens):
+                rows = self.model.forward(batch)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            if len(batch.segments) == 1:
+                return [error]
+            return [result for segment in batch.segments for result in self._forward(pack([segment]))]
+        for measured in self._timer.finished():
+            self.cost.observe(measured)
+        return [rows[batch.rows(index)] for index in range(len(batch.segments))]
+
+    def _take(self, session: HeldSession, result: torch.Tensor | Exception, events: list[PassEvent]) -> None:
+        """Give a session its rows and move it on by one segment."""
+        work = session.work
+        assert work is not None
+        if isinstance(result, Exception):
+            self._break(session, work.request.chunk_index, result, events)
+            return
+        segment = work.segment
+        try:
+            self.model.advance(segment, result)
+            if segment.completes_latents:
+                events.append(self._decode(session, work))
+            work.position += 1
+            if work.position == len(work.segments):
+                self._finish(session, segment, work)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            self._break(session, work.request.chunk_index, error, events)
+
+    def _decode(self, session: HeldSession, work: ChunkWork) -> FinishedChunk:
+        """Latents to frames, once per chunk and per session: the codec sees one session at a time, at one shape."""
+        before_s = self._clock()
+        with span("decode"):
+            frames = self.model.decode(session.state, work.request.chunk_index)
+        after_s = self._clock()
+        digest_prev, session.digest = session.digest, next_digest(session.digest, np.ascontiguousarray(frames))
+        work.emitted = True
+        assert work.started_s is not None
+        self.stats.chunks += 1
+        self.stats.chunk_latency_s += after_s - work.queued_s
+        return FinishedChunk(
+            session_id=session.session_id,
+            chunk_index=work.request.chunk_index,
+            frames=frames,
+            digest=session.digest,
+            digest_prev=digest_prev,
+            steps=work.request.steps,
+            prompt_version=work.request.control.version,
+            wait_s=work.started_s - work.queued_s,
+            denoise_s=before_s - work.started_s,
+            decode_s=after_s - before_s,
+            batch_size=sum(work.batch_sizes) / len(work.batch_sizes),
+        )
+
+    def _finish(self, session: HeldSession, last: Segment, work: ChunkWork) -> None:
+        """The context pass is done: the chunk is part of the history."""
+        index = work.request.chunk_index
+        if not (last.commits and work.emitted and session.state.next_chunk_index == index + 1):
+            raise SessionPoisoned(f"the model's segments of chunk {index} did not decode and commit it")
+        session.work = None
+
+    def _break(self, session: HeldSession, chunk_index: int, error: Exception, events: list[PassEvent]) -> None:
+        session.fault = str(error) or type(error).__name__
+        session.work = None
+        session.queue.clear()
+        self.stats.broken += 1
+        code = error.code if isinstance(error, TurboServeError) else SessionPoisoned.code
+        events.append(
+            BrokenSession(session_id=session.session_id, chunk_index=chunk_index, code=code, message=session.fault)
+        )
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether the device itself is lost (a CUDA error stays with the process): then the worker must end."""
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    return accelerator_error is not None and isinstance(error, accelerator_error) and not out_of_memory

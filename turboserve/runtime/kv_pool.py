@@ -1,0 +1,120 @@
+"""Memory of a worker's sessions: one slab per declared field, one slot per session, every byte accounted for.
+
+A slab is one tensor [slots, *field.shape]; a session holds the same slot number in every slab, so there is a single
+free list and a session's state is a view. Promise P3 (bytes are conserved: free + held == total) is checked after
+every change, not sampled. A slot is zeroed when it is given back, so nothing of one session can be read by another.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from turboserve.errors import Conflict, NotFound, PoolExhausted, StateError
+from turboserve.model.interface import Field, Tier, state_bytes
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a declared field; StateError for a name torch does not have."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise StateError(f"field dtype {name!r}", expected="a torch dtype name, such as float32")
+    return dtype
+
+
+class KvPool:
+    """Slots for `slot_count` sessions of one layout, DEVICE fields on `device` and HOST fields in host memory.
+
+    All memory is taken here and never grows: admission is a matter of free slots alone.
+    """
+
+    def __init__(self, layout: Sequence[Field], slot_count: int, device: torch.device | str = "cpu") -> None:
+        if slot_count < 1:
+            raise StateError(f"a pool of {slot_count} slots", expected="at least 1")
+        if len({one.name for one in layout}) != len(layout):
+            raise StateError("a layout names a field twice")
+        self.layout = tuple(layout)
+        self.slot_count = slot_count
+        self.device = torch.device(device)
+        self._slabs = {one.name: self._slab(one) for one in self.layout}
+        # The lowest free slot is given first: warm memory, and the same slots in a repeated run.
+        self._free = list(range(slot_count))
+        self._held: dict[str, int] = {}
+
+    def _slab(self, one: Field) -> torch.Tensor:
+        on_host = one.tier is Tier.HOST
+        pinned = on_host and self.device.type == "cuda"
+        return torch.zeros(
+            (self.slot_count, *one.shape),
+            dtype=torch_dtype(one.dtype),
+            device="cpu" if on_host else self.device,
+            pin_memory=pinned,
+        )
+
+    @property
+    def free_count(self) -> int:
+        return len(self._free)
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        """Slot of every session that holds one."""
+        return dict(self._held)
+
+    def total_bytes(self, tier: Tier | None = None) -> int:
+        """Bytes of all slabs of one tier, or of both."""
+        return self.slot_count * state_bytes(self.layout, tier)
+
+    def held_bytes(self, tier: Tier | None = None) -> int:
+        """Bytes of the slots that sessions hold."""
+        return len(self._held) * state_bytes(self.layout, tier)
+
+    def free_bytes(self, tier: Tier | None = None) -> int:
+        return len(self._free) * state_bytes(self.layout, tier)
+
+    def acquire(self, session_id: str) -> int:
+        """Give a zeroed slot to a session. PoolExhausted when none is free, Conflict when it has one."""
+        if session_id in self._held:
+            raise Conflict(f"session {session_id} already holds slot {self._held[session_id]}")
+        if not self._free:
+            raise PoolExhausted(
+                f"all {self.slot_count} slots are held", hint="close or suspend a session, or add a worker"
+            )
+        slot = heapq.heappop(self._free)
+        self._held[session_id] = slot
+        self.check()
+        return slot
+
+    def release(self, session_id: str) -> None:
+        """Take a session's slot back and wipe it. NotFound when it holds none."""
+        slot = self._held.get(session_id)
+        if slot is None:
+            raise NotFound(f"session {session_id} holds no slot")
+        for slab in self._slabs.values():
+            slab[slot].zero_()
+        del self._held[session_id]
+        heapq.heappush(self._free, slot)
+        self.check()
+
+    def tensors(self, session_id: str) -> dict[str, torch.Tensor]:
+        """A session's view of every slab, by field name."""
+        slot = self._held.get(session_id)
+        if slot is None:
+            raise NotFound(f"session {session_id} holds no slot")
+        return {name: slab[slot] for name, slab in self._slabs.items()}
+
+    def check(self) -> None:
+        """P3 over slots and bytes; StateError says what does not add up. Cheap: no tensor is touched."""
+        slots = sorted([*self._free, *self._held.values()])
+        if slots != list(range(self.slot_count)):
+            raise StateError(f"slots lost or doubled: free {sorted(self._free)}, held {self._held}")
+        for tier in Tier:
+            allocated = sum(
+                math.prod(self._slabs[one.name].shape) * self._slabs[one.name].element_size()
+                for one in self.layout
+                if one.tier is tier
+            )
+            if not self.free_bytes(tier) + self.held_bytes(tier) == self.total_bytes(tier) == allocated:
+                raise StateError(f"{tier} bytes do not add up", expected=f"{allocated} bytes free or held")

@@ -1,0 +1,91 @@
+"""All that one session keeps on a worker: its slot of the pool, its digest chain, and what it is doing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from turboserve.model.interface import ChunkRequest, Control, Segment, SessionTensors, StreamingModel
+from turboserve.runtime.kv_pool import KvPool
+
+
+@dataclass(slots=True)
+class ChunkWork:
+    """A chunk between its first pass and its commit. Times are seconds of the engine's clock.
+
+    `queued_s` is when its credit reached the engine, `started_s` when its first pass began. `batch_sizes` holds the
+    number of segments of every pass it took part in.
+    """
+
+    request: ChunkRequest
+    segments: list[Segment]
+    deadline_s: float
+    queued_s: float
+    started_s: float | None = None
+    position: int = 0
+    emitted: bool = False
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    batch_sizes: list[int] = field(default_factory=list)
+
+    @property
+    def segment(self) -> Segment:
+        """What runs next."""
+        return self.segments[self.position]
+
+    @property
+    def remaining(self) -> int:
+        """Segments left, the next one included."""
+        return len(self.segments) - self.position
+
+    @property
+    def remaining_to_frames(self) -> int:
+        """Segments left until the frames can be decoded; 0 once they are out."""
+        for ahead, segment in enumerate(self.segments[self.position :]):
+            if segment.completes_latents:
+                return ahead + 1
+        return 0
+
+
+@dataclass(slots=True)
+class QueuedChunk:
+    """A credit the engine holds but has not begun."""
+
+    request: ChunkRequest
+    deadline_s: float
+    queued_s: float
+
+
+@dataclass(slots=True)
+class HeldSession:
+    """One resident session. `fault` names what broke it; a broken one keeps its slot until it is closed."""
+
+    state: SessionTensors
+    digest: str = ""
+    queue: list[QueuedChunk] = field(default_factory=list)
+    work: ChunkWork | None = None
+    fault: str | None = None
+
+    @property
+    def session_id(self) -> str:
+        return self.state.session_id
+
+    @property
+    def next_unqueued_index(self) -> int:
+        """Index that the next credit must have."""
+        if self.queue:
+            return self.queue[-1].request.chunk_index + 1
+        if self.work is not None:
+            return self.work.request.chunk_index + 1
+        return self.state.next_chunk_index
+
+
+def hold_session(pool: KvPool, model: StreamingModel, session_id: str, seed: int, control: Control) -> HeldSession:
+    """Take a slot and begin a session in it; on any failure the slot goes back."""
+    slot = pool.acquire(session_id)
+    try:
+        state = SessionTensors(session_id=session_id, seed=seed, slot=slot, tensors=pool.tensors(session_id))
+        model.begin(state, control)
+    except BaseException:
+        pool.release(session_id)
+        raise
+    return HeldSession(state=state)

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from turboserve.errors import Overloaded, ProtocolError
+from turboserve.orchestrator import plan as plans
+from turboserve.orchestrator import view as views
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.runtime import channel, lifeline, logs
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, Decide, Drop, Effect, Send
+from turboserve.runtime.controller_books import GATEWAY, Drop, Effect, Send
 from turboserve.runtime.controller_config import ControllerConfig
 from turboserve.runtime.controller_logic import ControllerLogic
 from turboserve.runtime.directory import Directory
@@ -49,12 +51,26 @@ def live_profile(config: ControllerConfig) -> LatencyProfile:
     )
 
 
-def scheduler_tick() -> Decide:
-    """The decision function, from where the simulator takes it too."""
-    from turboserve.orchestrator.scheduler import tick
+def place_on_fewest(view: views.ClusterView, memory: object, now_s: float) -> tuple[plans.Plan, object]:
+    """Each new session to the ready worker that holds the fewest, while it has a slot; the rest wait.
 
-    decide: Decide = tick
-    return decide
+    Stands in until `orchestrator.scheduler.tick` is there.
+    """
+    workers, sessions = view.workers, view.sessions
+    ready = [row for row in range(workers.count) if workers.state[row] == views.READY]
+    held = {row: int((sessions.worker[: sessions.count] == row).sum()) for row in ready}
+    actions: list[plans.Action] = []
+    for row in range(sessions.count):
+        if sessions.state[row] != views.NEW:
+            continue
+        roomy = [one for one in ready if held[one] < view.profile.resident_max]
+        if roomy:
+            best = min(roomy, key=lambda one: (held[one], workers.ids[one]))
+            held[best] += 1
+            actions.append(plans.Place(sessions.ids[row], workers.ids[best], f"holds the fewest ({held[best] - 1})"))
+        else:
+            actions.append(plans.Queue(sessions.ids[row], "no worker has a free slot"))
+    return plans.Plan(tuple(actions)), memory
 
 
 class ControlLoop:
@@ -66,7 +82,7 @@ class ControlLoop:
         self._directory = Directory(Path(config.data_dir) / "directory.sqlite")
         self._logic = ControllerLogic(
             self._directory,
-            scheduler_tick(),
+            place_on_fewest,
             live_profile(config),
             lease_s=config.lease_s,
             queue_max=config.queue_max,

@@ -214,11 +214,11 @@ async function begin() {
   listen();
   watchVisibility();
   refresh();
-  if (new URLSearchParams(location.search).get("tour") === "off") return;
+  const wantsTour = new URLSearchParams(location.search).get("tour") !== "off";
   try {
     await api.request("GET", "v1/models");
     // The viewer may have begun while the answer was on its way.
-    if (!tiles.length) startTour();
+    if (wantsTour && !tiles.length) startTour();
   } catch (error) {
     const { code, message, hint } = /** @type {any} */ (error);
     const words = explain(code, message, hint);

@@ -20,7 +20,7 @@ const WORDS = {
   invalid_prompt: ["This prompt cannot be used", "Write a sentence of plain text.", false],
   invalid_request: ["The server did not take this request", "Reload the page; it may be older than the server.", false],
   unknown_model: ["This model is not served here", "Reload the page to see what is.", false],
-  quota_exceeded: ["You have as many streams as your key allows", "Stop one of them, then try again.", true],
+  quota_exceeded: ["A limit of your key is reached", "Stop a stream, or wait a moment, then try again.", true],
   overloaded: ["The server is full", "All places and the queue are taken. Try again in a moment.", true],
   refused: ["The server cannot take this now", "Try again in a moment.", true],
   conflict: ["That is not possible right now", "The stream has moved on; try again.", true],

@@ -13,6 +13,7 @@ import { Recording } from "./recording.js";
 /** What the viewer sees of a stream's life. */
 export const Status = Object.freeze({
   OPENING: "opening",
+  WAITING: "waiting",
   QUEUED: "queued",
   LOADING: "loading",
   PLAYING: "playing",
@@ -33,6 +34,9 @@ export const Status = Object.freeze({
  * @property {number|null} shownIndex      the chunk at which it came onto the screen
  * @property {number} sentMs
  */
+
+const OPEN_TRIES = 6;
+const RETRY_AFTER_MAX_S = 30;
 
 let counter = 0;
 
@@ -98,6 +102,8 @@ export class Stream extends EventTarget {
   /** @param {string} text */
   steer(text) {
     const entry = newEntry(text);
+    // Only the newest words wait for the socket to come back.
+    if (this.unsent) this.prompts = this.prompts.filter((candidate) => candidate !== this.unsent);
     this.prompts.push(entry);
     this.unsent = entry;
     this.#sendUnsent();
@@ -159,15 +165,8 @@ export class Stream extends EventTarget {
 
   /** @param {string} prompt */
   async #open(prompt) {
-    /** @type {import("./protocol.js").Created} */
-    let created;
-    try {
-      const wish = { prompt, format: preferredFormat(), ...(this.options.seed === undefined ? {} : { seed: this.options.seed }) };
-      created = await api.createSession(wish, { quiet: this.options.quiet });
-    } catch (error) {
-      this.#failedWith(error);
-      return;
-    }
+    const created = await this.#create(prompt);
+    if (!created) return;
     this.created = created;
     if (this.gone) {
       api.endSession(created.id).catch(() => {});
@@ -192,6 +191,33 @@ export class Stream extends EventTarget {
     this.queuePosition = created.queue_position ?? null;
     this.dispatchEvent(new Event("opened"));
     this.#connect(created.token, null);
+  }
+
+  /**
+   * Asks for the session, and asks again when the server says that there will be room soon.
+   * @param {string} prompt
+   * @returns {Promise<import("./protocol.js").Created|null>}
+   */
+  async #create(prompt) {
+    const wish = { prompt, format: preferredFormat(), ...(this.options.seed === undefined ? {} : { seed: this.options.seed }) };
+    for (let attempt = 1; !this.gone; attempt += 1) {
+      try {
+        const created = await api.createSession(wish, { quiet: this.options.quiet });
+        this.error = null;
+        return created;
+      } catch (error) {
+        const waitS = error instanceof api.ApiError ? error.retryAfterS : null;
+        if (this.options.quiet || waitS === null || waitS > RETRY_AFTER_MAX_S || attempt >= OPEN_TRIES) {
+          this.#failedWith(error);
+          return null;
+        }
+        this.error = known(error);
+        this.status = Status.WAITING;
+        this.#changed();
+        await new Promise((resolve) => window.setTimeout(resolve, waitS * 1000));
+      }
+    }
+    return null;
   }
 
   /** @param {string} token @param {Connection|null} before  where it left off */
@@ -224,6 +250,8 @@ export class Stream extends EventTarget {
     // What the viewer asked for while the socket was down still holds.
     if (this.wantPaused) this.connection?.send({ type: "pause" });
     else if (again && this.serverState === "idle") this.connection?.send({ type: "resume" });
+    // Words whose answer was lost are said again; the server knows them by their event id.
+    if (again) this.unsent ??= this.prompts.findLast((entry) => entry.version === null && entry.shownIndex === null) ?? null;
     this.#sendUnsent();
     this.#settle();
   }
@@ -276,7 +304,10 @@ export class Stream extends EventTarget {
   #versionShown(frame, nowMs) {
     const isFirst = this.shownVersion === null;
     this.shownVersion = frame.version;
-    const entry = isFirst ? this.prompts[0] : this.prompts.find((candidate) => candidate.version === frame.version);
+    const entry = isFirst
+      ? this.prompts[0]
+      : (this.prompts.find((candidate) => candidate.version === frame.version) ??
+        this.prompts.find((candidate) => candidate.version === null && candidate !== this.unsent));
     if (!entry) return;
     entry.version = frame.version;
     entry.shownIndex = frame.index;
@@ -294,6 +325,7 @@ export class Stream extends EventTarget {
 
   /** A command was refused; the stream itself goes on. @param {any} message */
   #refused(message) {
+    if (message.code === "event_id_conflict") return; // said twice, accepted once
     const last = this.comingPrompt;
     if (last && last.version === null && (!message.event_id || message.event_id === last.eventId)) {
       this.prompts = this.prompts.filter((candidate) => candidate !== last);
@@ -328,8 +360,7 @@ export class Stream extends EventTarget {
 
   /** @param {unknown} error */
   #failedWith(error) {
-    const known = error instanceof api.ApiError ? error : new api.ApiError(0, { code: "internal", message: String(error) });
-    this.error = { code: known.code, message: known.message, hint: known.hint, retryAfterS: known.retryAfterS };
+    this.error = known(error);
     this.status = Status.FAILED;
     this.player?.hold();
     this.#changed();
@@ -351,6 +382,13 @@ export class Stream extends EventTarget {
   #changed() {
     if (!this.gone) this.dispatchEvent(new Event("change"));
   }
+}
+
+/** @param {unknown} error */
+function known(error) {
+  const { code, message, hint, retryAfterS } =
+    error instanceof api.ApiError ? error : new api.ApiError(0, { code: "internal", message: String(error) });
+  return { code, message, hint, retryAfterS };
 }
 
 /** @param {string} text @returns {PromptEntry} */

@@ -185,6 +185,7 @@ export class Tile {
   #renderState() {
     const words = {
       [Status.OPENING]: "Opening",
+      [Status.WAITING]: "Waiting for room",
       [Status.QUEUED]: "In the queue",
       [Status.LOADING]: "Making the first chunk",
       [Status.PLAYING]: "Live",
@@ -204,7 +205,10 @@ export class Tile {
     let action = "";
     if (stream.status === Status.OPENING) title = "Opening…";
     else if (stream.status === Status.LOADING) title = "Making the first chunk…";
-    else if (stream.status === Status.QUEUED) {
+    else if (stream.status === Status.WAITING && stream.error) {
+      title = explain(stream.error.code, stream.error.message, stream.error.hint).title;
+      text = `Trying again in ${Math.ceil(stream.error.retryAfterS ?? 1)} s.`;
+    } else if (stream.status === Status.QUEUED) {
       title = stream.queuePosition === null ? "In the queue" : `Number ${stream.queuePosition} in the queue`;
       text = "It starts by itself as soon as there is a place.";
     } else if (stream.status === Status.PAUSED) {
@@ -215,7 +219,7 @@ export class Tile {
       title = "Reconnecting…";
       text = `It continues at chunk ${stream.connection?.nextIndex ?? 0}.`;
     } else if (stream.status === Status.ENDED) {
-      const chunks = (stream.connection?.nextIndex ?? 0);
+      const chunks = stream.connection?.nextIndex ?? 0;
       title = "Ended";
       const played = (stream.figures.framesShown || 0) / stream.figures.fps;
       text = `${chunks} chunks, ${clockTime(played)}. ${endWords(stream.endReason)}`.trim();
@@ -223,7 +227,7 @@ export class Tile {
     } else if (stream.status === Status.FAILED && stream.error) {
       const words = explain(stream.error.code, stream.error.message, stream.error.hint);
       title = words.title;
-      text = stream.error.retryAfterS ? `${words.advice} The server suggests ${stream.error.retryAfterS} s.` : words.advice;
+      text = words.advice;
       action = words.retry ? "Try again" : "";
     }
     const veil = this.find(".veil");
@@ -240,10 +244,10 @@ export class Tile {
     /** @param {string} name */
     const button = (name) => /** @type {HTMLButtonElement} */ (this.find(`[data-action="${name}"]`));
     const pause = button("pause");
-    pause.disabled = stream.isOver || stream.status === Status.OPENING;
+    pause.disabled = stream.isOver || !stream.created;
     pause.querySelector("use")?.setAttribute("href", stream.wantPaused ? "#i-play" : "#i-pause");
     /** @type {HTMLElement} */ (pause.querySelector("span")).textContent = stream.wantPaused ? "Resume" : "Pause";
-    button("stop").disabled = stream.isOver || stream.status === Status.OPENING;
+    button("stop").disabled = stream.isOver || !stream.created;
     button("download").disabled = !stream.recording || stream.recording.isEmpty;
     button("card").disabled = !stream.created || stream.shownIndex < 0;
     for (const control of this.element.querySelectorAll(".steer input, .steer button")) {

@@ -1,0 +1,202 @@
+"""A headless Chromium for the page tests, and a proxy whose connections can be cut."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+LAUNCH_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+]
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+def chromium_path() -> str:
+    """The system's Chromium. Its absence is a failure that says what to do, never a skip."""
+    for name in NAMES:
+        if path := shutil.which(name):
+            return path
+    raise RuntimeError("the page tests need Chromium: run `apt-get install chromium` (or your system's way)")
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    path = chromium_path()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=LAUNCH_ARGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Cable:
+    """A TCP proxy in front of the server: `cut` resets every connection, as a lost network would."""
+
+    def __init__(self, target_port: int) -> None:
+        self.target_port = target_port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._pairs: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._refuse = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self, *, refuse: bool = False) -> None:
+        """Reset all connections; with `refuse` new ones are reset too, until `mend`."""
+        self._refuse = refuse
+        with self._lock:
+            victims, self._pairs = self._pairs, []
+        for one in victims:
+            _reset(one)
+
+    def mend(self) -> None:
+        self._refuse = False
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._refuse:
+                _reset(near)
+                continue
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target_port))
+            except OSError:
+                _reset(near)
+                continue
+            for one in (near, far):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self._pairs += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+
+
+def _reset(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        one.shutdown(socket.SHUT_RDWR)
+        one.close()
+
+
+# Every socket of the page notes what went over it, so that a test can ask for exact indices.
+WIRE_TAP = """
+(() => {
+  const wire = (window.wire = { attaches: [], chunks: [], closes: 0, prompts: [] });
+  const Real = window.WebSocket;
+  window.WebSocket = class extends Real {
+    constructor(...given) {
+      super(...given);
+      this.addEventListener("message", (event) => {
+        if (typeof event.data !== "string") return;
+        const message = JSON.parse(event.data);
+        if (message.type === "chunk") wire.chunks.push({ ...message, url: this.url });
+      });
+      this.addEventListener("close", () => (wire.closes += 1));
+    }
+    send(data) {
+      const message = JSON.parse(data);
+      if (message.type === "attach") wire.attaches.push({ next_index: message.next_index, format: message.format });
+      if (message.type === "prompt") wire.prompts.push(message);
+      super.send(data);
+    }
+  };
+})();
+"""
+
+
+class Watcher:
+    """What a test asks of the page, in the words of a viewer."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+
+    def start(self, prompt: str) -> None:
+        self.page.fill("#prompt", prompt)
+        self.page.press("#prompt", "Enter")
+        self.wait_playing()
+
+    def wait_playing(self, count: int = 1, timeout_s: float = 20) -> None:
+        self.page.wait_for_function(
+            "count => document.querySelectorAll('.tile[data-status=playing]').length >= count",
+            arg=count,
+            timeout=timeout_s * 1000,
+        )
+
+    def wait_status(self, status: str, timeout_s: float = 15) -> None:
+        self.page.wait_for_selector(f".tile[data-status={status}]", timeout=timeout_s * 1000)
+
+    def steer(self, prompt: str, tile: int = 0) -> None:
+        box = self.page.locator(".tile").nth(tile).locator(".steer input")
+        box.fill(prompt)
+        box.press("Enter")
+
+    def act(self, action: str, tile: int = 0) -> None:
+        self.page.locator(".tile").nth(tile).locator(f"[data-action={action}]").click()
+
+    def pixels(self, tile: int = 0) -> list[int]:
+        """RGBA of what the tile's canvas shows."""
+        script = """n => {
+          const canvas = document.querySelectorAll('.tile canvas')[n];
+          return Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data);
+        }"""
+        return list(self.page.evaluate(script, tile))
+
+    def wait_moving(self, tile: int = 0, timeout_s: float = 5) -> None:
+        """Until the picture has changed three times."""
+        script = """async ([n, timeout]) => {
+          const canvas = document.querySelectorAll('.tile canvas')[n];
+          const read = () => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.join();
+          const end = performance.now() + timeout;
+          let before = read();
+          let changes = 0;
+          while (changes < 3 && performance.now() < end) {
+            await new Promise((resolve) => setTimeout(resolve, 60));
+            const now = read();
+            if (now !== before) changes += 1;
+            before = now;
+          }
+          return changes;
+        }"""
+        changes = self.page.evaluate(script, [tile, timeout_s * 1000])
+        assert changes >= 3, f"the picture of tile {tile} changed only {changes} times in {timeout_s} s"
+
+    def wire(self) -> dict[str, Any]:
+        return dict(self.page.evaluate("window.wire"))
+
+    def wait_shown(self, index: int, tile: int = 0, timeout_s: float = 15) -> None:
+        """Until the picture has reached a chunk, by the strip below it."""
+        script = """([n, index]) => {
+          const bar = document.querySelectorAll('.tile')[n].querySelector('.strip .playing');
+          return Number(bar?.dataset.index ?? -1) >= index;
+        }"""
+        self.page.wait_for_function(script, arg=[tile, index], timeout=timeout_s * 1000)

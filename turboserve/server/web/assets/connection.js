@@ -114,6 +114,12 @@ export class Connection {
       this.handlers.attached(message, again);
     } else if (message.type === "chunk") {
       this.header = message;
+    } else if (message.type === "error" && !this.isAttached && this.nextIndex > 0) {
+      // The attach itself was refused: asking the same again would not help.
+      window.clearTimeout(attachTimer);
+      this.#finish();
+      this.socket?.close(1000);
+      this.handlers.closed(message.code, message.message);
     } else {
       this.handlers.message(message);
     }

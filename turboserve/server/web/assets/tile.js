@@ -291,7 +291,7 @@ export class Tile {
     set("fps", moving ? figures.shownFps(performance.now() / 1000).toFixed(1) : "–");
     set("latency", milliseconds(figures.latencyMs), "ms");
     set("onTime", percent(figures.onTimeShare), "%");
-    set("batch", figures.batchSize === null ? "–" : String(figures.batchSize));
+    set("batch", figures.batchSize === null ? "–" : figures.batchSize.toFixed(Number.isInteger(figures.batchSize) ? 0 : 1));
     if (!(/** @type {HTMLDetailsElement} */ (this.find(".more")).open)) return;
     const playout = stream.player?.playout;
     set("steer", milliseconds(figures.steerMs), "ms");

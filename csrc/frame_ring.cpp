@@ -68,7 +68,7 @@ int create_ring(std::uint64_t capacity) {
       errno = error;
       fail_errno("frame ring: reserving memory");
     }
-    unsigned char page[sizeof(RingControl)] = {};
+    alignas(RingControl) unsigned char page[sizeof(RingControl)] = {};
     auto* control = new (page) RingControl{};
     control->magic = kRingMagic;
     control->version = kLayoutVersion;
@@ -120,6 +120,7 @@ Mapping::Mapping(int fd) {
 Mapping::~Mapping() { munmap(base_, kControlBytes + capacity_); }
 
 void Mapping::copy_in(std::uint64_t position, const void* source, std::uint64_t bytes) const {
+  if (bytes == 0) return;  // memcpy takes no null pointer, not even for nothing
   const std::uint64_t at = position % capacity_;
   const std::uint64_t first = std::min(bytes, capacity_ - at);
   std::memcpy(data() + at, source, first);
@@ -127,6 +128,7 @@ void Mapping::copy_in(std::uint64_t position, const void* source, std::uint64_t 
 }
 
 void Mapping::copy_out(std::uint64_t position, void* target, std::uint64_t bytes) const {
+  if (bytes == 0) return;
   const std::uint64_t at = position % capacity_;
   const std::uint64_t first = std::min(bytes, capacity_ - at);
   std::memcpy(target, data() + at, first);

@@ -1,0 +1,44 @@
+"""`turboserve bench`: one subcommand a benchmark, each imported when it is asked for.
+
+To add one: write bench/<name with _>.py with a click command called `command` (bench/command.py makes one from a
+generator of rows) and put its name and one line of help into BENCHES.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+BENCHES: dict[str, str] = {
+    "frame-ring": "Chunks from worker to gateway: shared memory against pickles.",
+}
+
+
+class BenchGroup(click.Group):
+    """Knows the benchmarks by name and imports one when it runs."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(BENCHES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in BENCHES:
+            return None
+        # Imported here, because the root imports this module while it is itself being imported by nobody else.
+        from turboserve.cli.main import with_shared_options
+
+        module = importlib.import_module(f"turboserve.bench.{name.replace('-', '_')}")
+        return with_shared_options(module.command)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        # click's own asks every command for its help, which would import them all.
+        with formatter.section("Benchmarks"):
+            formatter.write_dl(list(BENCHES.items()))
+
+
+@click.command(cls=BenchGroup)
+def command() -> None:
+    """Measure parts of the system, each against its floor and a baseline.
+
+    Rows worth keeping are committed under bench/results/.
+    """

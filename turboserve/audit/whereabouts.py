@@ -117,8 +117,9 @@ class _Story:
                 self._bad("worker_change", f"resume on {target} while its state is {self._where()}", from_s)
         elif source is None or source != self.worker:
             self._bad("worker_change", f"{event} from {source} while its state is {self._where()}", from_s)
-        # A lost end cuts the transfer short. Without the source only the host copy is left. Without the target
-        # the source may go on, or the session (held at both ends, so the lost worker's too) is resumed.
+        # A lost end cuts the transfer short. Without the source only the host copy is left. Without the
+        # target the source may go on, or the session (held at both ends, so the lost worker's too) is
+        # resumed.
         source_lost_s = self._lost_s(source)
         target_lost_s = self._lost_s(target)
         if target_lost_s < to_s and target_lost_s <= source_lost_s:

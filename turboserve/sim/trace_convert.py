@@ -1,9 +1,9 @@
 """Traces to and from the event schema of the released TurboServe code.
 
-Root object {config, events}; an event is {time_s, sequence, event_type, session_id, user_id?, payload}. Types:
-session_arrival (payload.active, true when left out), user_active, user_idle, session_departure. That schema has no
-chunk counts: they are taken from `payload.chunks` where we wrote them, else from the time until the period's end
-(one chunk a second of video).
+Root object {config, events}; an event is {time_s, sequence, event_type, session_id, user_id?, payload}.
+Types: session_arrival (payload.active, true when left out), user_active, user_idle, session_departure. That
+schema has no chunk counts: they are taken from `payload.chunks` where we wrote them, else from the time
+until the period's end (one chunk a second of video).
 """
 
 from __future__ import annotations
@@ -145,11 +145,11 @@ def _order(pair: tuple[int, Any], name: str) -> tuple[float, float]:
         raise TraceError(f"{name}: event {number} is no object", expected="time_s, event_type, session_id, payload")
     missing = [key for key in ("time_s", "event_type", "session_id") if key not in event]
     if missing:
-        raise TraceError(f"{name}: event {number} lacks {', '.join(missing)}", expected="time_s, event_type, session_id")
-    if event["event_type"] not in CODE_OF:
         raise TraceError(
-            f"{name}: event {number} has type {event['event_type']!r}", expected=" | ".join(EVENT_TYPES)
+            f"{name}: event {number} lacks {', '.join(missing)}", expected="time_s, event_type, session_id"
         )
+    if event["event_type"] not in CODE_OF:
+        raise TraceError(f"{name}: event {number} has type {event['event_type']!r}", expected=" | ".join(EVENT_TYPES))
     if not isinstance(event["time_s"], int | float) or event["time_s"] < 0:
         raise TraceError(f"{name}: event {number} has time_s {event['time_s']!r}", expected="seconds of at least 0")
     return float(event["time_s"]), float(event.get("sequence", number))

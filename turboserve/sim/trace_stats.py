@@ -111,7 +111,9 @@ def idle_lengths_s(trace: Trace) -> npt.NDArray[np.float64]:
     """Lengths of the pauses between active periods."""
     ended: dict[int, int] = {}
     lengths = []
-    for session, event, time_us in zip(trace.session.tolist(), trace.event.tolist(), trace.time_us.tolist(), strict=True):
+    for session, event, time_us in zip(
+        trace.session.tolist(), trace.event.tolist(), trace.time_us.tolist(), strict=True
+    ):
         if event == IDLE:
             ended[session] = time_us
         elif event == ACTIVE and session in ended:

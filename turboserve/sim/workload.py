@@ -1,7 +1,8 @@
-"""Synthetic traces from a seed: sessions that alternate active and idle periods, under a chosen arrival curve.
+"""Synthetic traces from a seed: sessions that alternate active and idle periods, under a chosen arrival
+curve.
 
-Nothing here was recorded anywhere. Shapes follow what public traces of interactive services show (lognormal bodies,
-heavy tails, arrivals that swing), so that policies can be tried where real windows say nothing.
+Nothing here was recorded anywhere. Shapes follow what public traces of interactive services show (lognormal
+bodies, heavy tails, arrivals that swing), so that policies can be tried where real windows say nothing.
 
 Arrival curves, all with the same mean rate:
   steady     a Poisson process
@@ -25,6 +26,7 @@ from turboserve.sim.events import US
 from turboserve.sim.trace import ACTIVE, ARRIVE, DEPART, IDLE, Trace
 
 RATE_STEP_S = 1.0
+FAMILY_FACTORS = tuple(round(0.2 * k, 1) for k in range(1, 11))
 LONGEST_PERIOD_S = 3600.0
 PARETO_ALPHA = 1.6
 """Tail exponent of heavy-tailed periods: finite mean, infinite variance (before the cut at an hour)."""
@@ -78,14 +80,14 @@ def generate(workload: Workload) -> Trace:
     return assemble(name, arrive_s, lives, workload.horizon_s, tenants, loads.size)
 
 
-def volatility_family(base: Workload, factors: tuple[float, ...] | None = None) -> list[Trace]:
+def volatility_family(base: Workload, factors: tuple[float, ...] = FAMILY_FACTORS) -> list[Trace]:
     """Ten traces of growing volatility: the deviation of the base's arrival curve scaled from 0.2 to 2.0."""
-    chosen = factors or tuple(np.round(np.linspace(0.2, 2.0, 10), 2).tolist())
-    return [generate(replace(base, swing=base.swing * factor)) for factor in chosen]
+    return [generate(replace(base, swing=base.swing * factor)) for factor in factors]
 
 
 def rescaled(base: Trace, factor: float, seed: int, *, bin_s: float = 60.0) -> Trace:
-    """A trace like `base` with `factor` times its deviation: arrivals drawn anew, lives drawn from its sessions.
+    """A trace like `base` with `factor` times its deviation: arrivals drawn anew, lives drawn from its
+    sessions.
 
     The arrival curve is the base's count of arrivals per bin. Correlation between load and life is lost.
     """
@@ -169,7 +171,9 @@ def swung(curve: Floats, swing: float) -> Floats:
 def draw_arrivals(rate_per_s: Floats, rng: np.random.Generator) -> Floats:
     """Arrival times of a Poisson process with one rate a second."""
     counts = rng.poisson(rate_per_s * RATE_STEP_S)
-    return np.sort(np.repeat(np.arange(rate_per_s.size) * RATE_STEP_S, counts) + rng.uniform(0, RATE_STEP_S, counts.sum()))
+    return np.sort(
+        np.repeat(np.arange(rate_per_s.size) * RATE_STEP_S, counts) + rng.uniform(0, RATE_STEP_S, counts.sum())
+    )
 
 
 def draw_lengths(workload: Workload, mean_s: float, count: int, rng: np.random.Generator) -> Floats:
@@ -186,7 +190,9 @@ def session_lives(trace: Trace) -> list[tuple[Floats, Floats]]:
     active: list[list[float]] = [[] for _ in trace.session_ids]
     idle: list[list[float]] = [[] for _ in trace.session_ids]
     ended_us: dict[int, int] = {}
-    columns = zip(trace.session.tolist(), trace.event.tolist(), trace.time_us.tolist(), trace.chunks.tolist(), strict=True)
+    columns = zip(
+        trace.session.tolist(), trace.event.tolist(), trace.time_us.tolist(), trace.chunks.tolist(), strict=True
+    )
     for session, event, time_us, chunks in columns:
         if event == ACTIVE:
             if session in ended_us:
@@ -198,10 +204,16 @@ def session_lives(trace: Trace) -> list[tuple[Floats, Floats]]:
 
 
 def assemble(
-    name: str, arrive_s: Floats, lives: list[tuple[Floats, Floats]], horizon_s: float, tenants: npt.NDArray[np.int64], tenant_count: int
+    name: str,
+    arrive_s: Floats,
+    lives: list[tuple[Floats, Floats]],
+    horizon_s: float,
+    tenants: npt.NDArray[np.int64],
+    tenant_count: int,
 ) -> Trace:
-    """Sessions as a trace: whole chunks of a second, milliseconds, everything open at the horizon closed there."""
-    end_us = round(horizon_s * US)
+    """Sessions as a trace: whole chunks of a second, milliseconds, everything open at the horizon closed
+    there."""
+    end_us = round(horizon_s * 1000) * (US // 1000)
     events: list[tuple[int, int, int, int]] = []  # time, session, event, chunks
     for session, (begin_s, (active_s, idle_s)) in enumerate(zip(arrive_s.tolist(), lives, strict=True)):
         now_us = min(round(begin_s * 1000) * (US // 1000), end_us - US // 1000)

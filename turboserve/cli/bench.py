@@ -12,6 +12,7 @@ import click
 
 BENCHES: dict[str, str] = {
     "frame-ring": "Chunks from worker to gateway: shared memory against pickles.",
+    "kernels": "What the GPU kernels compile to, without a GPU.",
 }
 
 

@@ -117,8 +117,8 @@ class Engine:
 
     @property
     def active_count(self) -> int:
-        """Sessions with a chunk in work or queued."""
-        return sum(one.work is not None or bool(one.queue) for one in self._sessions.values())
+        """Sessions with a chunk in work or queued. May be read from another thread: the copy is one step."""
+        return sum(one.work is not None or bool(one.queue) for one in list(self._sessions.values()))
 
     def next_chunk_index(self, session_id: str) -> int:
         """The chunk that comes after the last committed one."""

@@ -1,0 +1,211 @@
+"""The worker process: one model copy on one device, and the sessions it makes video for.
+
+    python -m turboserve.runtime.worker --config-fd N
+
+The main thread owns torch and runs the engine; a second thread owns the sockets, the timers and the frame ring
+(`worker_io.py`) and decides nothing by itself (`worker_logic.py`). Between them go a bounded queue of commands and
+calls into the second thread's loop. The process never outlives its launcher (`lifeline.py`), and SIGTERM makes it ask
+to be drained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from turboserve.errors import TurboServeError
+from turboserve.runtime import frame_ring, lifeline, logs
+from turboserve.runtime import messages as m
+from turboserve.runtime.worker_config import WorkerConfig, read_config
+
+SWITCH_INTERVAL_S = 0.001
+"""How long the talking thread may keep the interpreter from the engine's (Python's default is five times this)."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model on its device, ready to serve."""
+
+    engine: Any
+    hello: m.WorkerHello
+    producer: frame_ring.FrameProducer
+
+
+def load_from_registry(config: WorkerConfig) -> Any:
+    """The model that the config names."""
+    from turboserve.model.registry import load_model
+
+    return load_model(config.model, config.device)
+
+
+def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: Any) -> Loaded:
+    """Everything slow: weights, memory, self-test, calibration."""
+    import torch
+
+    from turboserve.model.interface import Tier, layout_hash, state_bytes
+    from turboserve.runtime.cost_model import MeasuredCost, calibrate
+    from turboserve.runtime.engine import Engine
+    from turboserve.runtime.kv_pool import KvPool
+    from turboserve.runtime.numerics import check_numerics, set_up_determinism
+
+    started_s = time.monotonic()
+    set_up_determinism(torch.device(config.device))
+    model = load_model(config)
+    layout = model.state_layout()
+    pool = KvPool(layout, config.slots, model.device)
+    numerics = check_numerics(model, pool)
+    log.info(
+        "numerics",
+        numerics_id=numerics.numerics_id,
+        device_class=numerics.device_class,
+        packed_equals_alone=numerics.packed_equals_alone,
+        found=numerics.model_report,
+    )
+    cost = MeasuredCost(segment_max=config.slots)
+    if config.calibrate:
+        cost = calibrate(model, pool, segment_max=config.slots, synchronize=_synchronize(model.device))
+    if model.device.type == "cpu" and not numerics.packed_equals_alone:
+        log.warning("packed rows differ from lone ones: every pass runs one session")
+        cost.segment_max = 1
+    log.info(
+        "model loaded",
+        model=model.spec.name,
+        model_hash=model.spec.model_hash,
+        slots=config.slots,
+        session_bytes=state_bytes(layout),
+        device_bytes=pool.total_bytes(Tier.DEVICE),
+        pass_base_ms=round(1e3 * cost.base_s, 3),
+        token_us=round(1e6 * cost.fitted_token_s, 2),
+        measured_ms={count: round(1e3 * seconds, 2) for count, seconds in cost.table_s()},
+        load_s=round(time.monotonic() - started_s, 2),
+    )
+    ring_fd = config.ring_fd if config.ring_fd >= 0 else frame_ring.create(config.ring_bytes)
+    hello = m.WorkerHello(
+        worker_id=config.worker_id,
+        worker_epoch=config.worker_epoch,
+        pid=os.getpid(),
+        node=config.node,
+        model=config.model,
+        model_hash=model.spec.model_hash,
+        numerics_id=numerics.numerics_id,
+        device=config.device,
+        device_class=numerics.device_class,
+        gpu_count=1 if model.device.type == "cuda" else 0,
+        slot_count=config.slots,
+        capacity=config.capacity,
+        session_bytes=state_bytes(layout),
+        layout_hash=layout_hash(layout),
+        ring_fd=ring_fd,
+    )
+    producer = frame_ring.attach_producer(ring_fd, worker_epoch=config.worker_epoch)
+    return Loaded(Engine(model, pool, cost), hello, producer)
+
+
+def _synchronize(device: Any) -> Callable[[], None]:
+    import torch
+
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
+    """Run until told to stop; the exit code. The calling thread becomes the engine's."""
+    from turboserve.runtime.engine_loop import EngineLoop, Quit
+    from turboserve.runtime.worker_io import Figures, WorkerIO
+    from turboserve.runtime.worker_logic import WorkerLogic
+
+    engine = loaded.engine
+    logic = WorkerLogic(
+        loaded.hello,
+        engine.model.spec,
+        heartbeat_s=config.heartbeat_s,
+        # The launcher kills after the whole timeout: be done before.
+        leave_timeout_s=0.8 * config.shutdown_timeout_s,
+    )
+
+    def figures() -> Figures:
+        stats = engine.stats
+        return Figures(
+            passes=stats.passes,
+            segments=stats.segments,
+            chunks=stats.chunks,
+            busy_s=stats.busy_s,
+            chunk_latency_s=stats.chunk_latency_s,
+            active=engine.active_count,
+            resident=engine.session_count,
+            slots_free=engine.pool.free_count,
+            device_bytes=engine.pool.held_bytes(),
+        )
+
+    engine_loop = EngineLoop(engine, lambda event, epoch: io.post_soon(event, epoch))
+    io = WorkerIO(
+        config,
+        logic,
+        loaded.producer,
+        command=engine_loop.put,
+        stop=lambda _reason: engine_loop.put(Quit(0)),
+        figures=figures,
+        log=log,
+    )
+
+    def talk() -> None:
+        try:
+            _run_asyncio(io.run(signals))
+        except BaseException as error:
+            log.error("the talking thread failed", error=repr(error), exc_info=True)
+            try:
+                engine_loop.put(Quit(1))
+            except queue.Full:
+                os._exit(1)
+
+    # The kernel may give the signal to any thread, and a main thread that waits for commands would not notice: it goes
+    # through a pipe to the thread that talks.
+    signals, signalled = socket.socketpair()
+    signalled.setblocking(False)
+    signal.set_wakeup_fd(signalled.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    threading.Thread(target=talk, name="talk", daemon=True).start()
+    return engine_loop.run()
+
+
+def _run_asyncio(coroutine: Any) -> None:
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(coroutine)
+    else:
+        uvloop.run(coroutine)
+
+
+def main(argv: list[str] | None = None, load_model: Callable[[WorkerConfig], Any] = load_from_registry) -> None:
+    """Entry point; `load_model` is for tests that bring a model of their own."""
+    parser = argparse.ArgumentParser(prog="turboserve-worker")
+    parser.add_argument("--config-fd", type=int, required=True)
+    config = read_config(parser.parse_args(argv).config_fd)
+    lifeline.hold_to_parent(config.parent_fd)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading there is nothing to drain
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's; it stops us in order
+    log = logs.set_up_logs(config.worker_id, log_format=config.log_format, level=config.log_level)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        loaded = load(config, load_model, log)
+        code = serve(config, loaded, log)
+    except TurboServeError as error:
+        log.error("the worker cannot go on", error=str(error))
+        code = 1
+    # The talking thread is a daemon; flush what it logged and leave without waiting for sockets.
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""A worker's sockets, timers and frame ring: carries out what `WorkerLogic` says. One asyncio thread.
+
+Frames leave through the ring; the message that announces them follows. A full ring is back-pressure: the emit waits and
+the gateway's credits stop by themselves. Both channels reconnect for ever; the lease decides what may happen meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turboserve.errors import AuthFailed, Conflict, Overloaded, ProtocolError
+from turboserve.runtime import channel, frame_ring
+from turboserve.runtime import messages as m
+from turboserve.runtime import worker_events as e
+from turboserve.runtime.worker_config import WorkerConfig
+from turboserve.runtime.worker_logic import CONTROLLER, GATEWAY, Action, Beat, Drop, Emit, Send, Stop, WorkerLogic
+
+RECONNECT_MIN_S = 0.05
+RECONNECT_MAX_S = 1.0
+RING_FULL_RETRY_S = 0.002
+_PAGE_BYTES = 4096
+
+
+@dataclass(slots=True)
+class Figures:
+    """What a heartbeat reports, as totals since the start; the engine's thread writes them, any thread may read."""
+
+    passes: int = 0
+    segments: int = 0
+    chunks: int = 0
+    busy_s: float = 0.0
+    chunk_latency_s: float = 0.0
+    active: int = 0
+    resident: int = 0
+    slots_free: int = 0
+    device_bytes: int = 0
+
+
+class WorkerIO:
+    """I/O around the logic. All methods but `post_soon` are for its own thread."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        logic: WorkerLogic,
+        producer: frame_ring.FrameProducer,
+        *,
+        command: Callable[[e.EngineCommand], None],
+        stop: Callable[[str], None],
+        figures: Callable[[], Figures],
+        log: Any,
+    ) -> None:
+        self._config = config
+        self._logic = logic
+        self._producer = producer
+        self._command = command
+        self._stop = stop
+        self._figures = figures
+        self._before = Figures()
+        self._before_s = time.monotonic()
+        self._log = log
+        self._channels: dict[str, channel.Channel] = {}
+        self._emits: deque[Emit] = deque()
+        self._retry: asyncio.TimerHandle | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._timer_changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # ------------------------------------------------------------------ from other threads
+
+    def post_soon(self, event: e.EngineEvent, epoch: int) -> None:
+        """Hand over something the engine did."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._on_engine, event, epoch)
+
+    # ------------------------------------------------------------------ life
+
+    async def run(self, signals: socket.socket) -> None:
+        """Until cancelled. A byte on `signals` is the number of a signal that the process got."""
+        self._loop = asyncio.get_running_loop()
+        signals.setblocking(False)
+        self._loop.add_reader(signals, self._on_signals, signals)
+        config, token = self._config, bytes.fromhex(self._config.token)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_connected(CONTROLLER, config.controller_host, config.controller_port, token))
+            tasks.create_task(self._keep_connected(GATEWAY, config.gateway_host, config.gateway_port, token))
+            tasks.create_task(self._timers())
+
+    async def _keep_connected(self, name: str, host: str, port: int, token: bytes) -> None:
+        pause_s = RECONNECT_MIN_S
+        while True:
+            try:
+                peer = await channel.connect(host, port, token)
+            except (OSError, TimeoutError, ProtocolError) as error:
+                if isinstance(error, AuthFailed):
+                    self._log.error("handshake failed", peer=name, error=str(error))
+                # Jitter: all workers lose a dead controller in the same instant.
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(2 * pause_s, RECONNECT_MAX_S)
+                continue
+            pause_s = RECONNECT_MIN_S
+            await self._serve(name, peer)
+
+    async def _serve(self, name: str, peer: channel.Channel) -> None:
+        self._log.info("connected", peer=name)
+        self._channels[name] = peer
+        try:
+            self._apply(self._logic.on_connect(name, time.monotonic()))
+            async for message in peer:
+                self._apply(self._logic.on_message(name, message, time.monotonic()))
+        except ProtocolError as error:
+            self._log.warning("peer broke the protocol", peer=name, error=str(error))
+        finally:
+            del self._channels[name]
+            self._log.info("disconnected", peer=name)
+            self._apply(self._logic.on_disconnect(name, time.monotonic()))
+            await peer.close()
+
+    async def _timers(self) -> None:
+        while True:
+            self._timer_changed.clear()
+            # At least twice a second: after a suspended machine wakes up, time has jumped.
+            wait_s = min(0.5, max(0.0, self._logic.wake_at_s - time.monotonic()))
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._timer_changed.wait()
+            except TimeoutError:
+                self._apply(self._logic.on_timer(time.monotonic()))
+
+    def _on_signals(self, signals: socket.socket) -> None:
+        for number in signals.recv(64):
+            if number == signal.SIGTERM:
+                self._apply(self._logic.on_terminate(time.monotonic()))
+
+    # ------------------------------------------------------------------ carrying out
+
+    def _on_engine(self, event: e.EngineEvent, epoch: int) -> None:
+        self._apply(self._logic.on_engine(event, epoch, time.monotonic()))
+
+    def _apply(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                self._send(action.to, action.message)
+            elif isinstance(action, Emit):
+                self._emits.append(action)
+            elif isinstance(action, Beat):
+                self._send(CONTROLLER, self._heartbeat())
+            elif isinstance(action, Drop):
+                self._log.warning("dropped", peer=action.to, reason=action.reason)
+                self._close_soon(action.to)
+            elif isinstance(action, Stop):
+                self._log.info("stopping", reason=action.reason)
+                self._stop(action.reason)
+            else:
+                self._command(action)
+        if self._emits and self._retry is None:
+            self._pump_emits()
+        self._timer_changed.set()
+
+    def _send(self, to: str, message: m.Message) -> None:
+        peer = self._channels.get(to)
+        if peer is None:
+            return  # it says hello again when it is back, and the logic then repeats what matters
+        try:
+            peer.send(message)
+        except (ProtocolError, Overloaded) as error:
+            self._log.warning("cannot send", peer=to, error=str(error))
+            self._close_soon(to)
+
+    def _close_soon(self, name: str) -> None:
+        peer = self._channels.get(name)
+        if peer is not None:
+            task = asyncio.get_running_loop().create_task(peer.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _pump_emits(self) -> None:
+        """Write waiting chunks to the ring, in order, until it is full."""
+        self._retry = None
+        while self._emits:
+            emit = self._emits[0]
+            chunk = self._logic.may_emit(emit, time.monotonic())
+            if chunk is not None and GATEWAY in self._channels:
+                try:
+                    if not self._producer.push(self._header(emit, chunk), chunk.frames):
+                        assert self._loop is not None
+                        self._retry = self._loop.call_later(RING_FULL_RETRY_S, self._pump_emits)
+                        return
+                except Conflict as error:
+                    self._log.error("the frame ring has a newer writer", error=str(error))
+                    self._stop("replaced by a newer worker")
+                    self._emits.clear()
+                    return
+                self._send(GATEWAY, _announcement(emit, chunk))
+                self._logic.counts.emitted += 1
+            self._emits.popleft()
+
+    def _header(self, emit: Emit, chunk: e.FinishedChunk) -> frame_ring.FrameHeader:
+        frames, height, width, _ = chunk.frames.shape
+        return frame_ring.FrameHeader(
+            session_id=emit.session_id,
+            worker_epoch=self._config.worker_epoch,
+            session_epoch=emit.epoch,
+            chunk_index=emit.chunk_index,
+            frames=frames,
+            height=height,
+            width=width,
+            steps=chunk.steps,
+            prompt_version=chunk.prompt_version,
+            digest=bytes.fromhex(chunk.digest),
+            digest_prev=bytes.fromhex(chunk.digest_prev),
+        )
+
+    def _heartbeat(self) -> m.Heartbeat:
+        """Means are over the time since the last heartbeat; 0 where nothing was made in it."""
+        now_s, figures, before = time.monotonic(), self._figures(), self._before
+        passes, chunks = figures.passes - before.passes, figures.chunks - before.chunks
+        latency_s = figures.chunk_latency_s - before.chunk_latency_s
+        busy_share = (figures.busy_s - before.busy_s) / max(1e-9, now_s - self._before_s)
+        self._before, self._before_s = figures, now_s
+        return m.Heartbeat(
+            worker_id=self._config.worker_id,
+            worker_epoch=self._config.worker_epoch,
+            active=figures.active,
+            resident=figures.resident,
+            slots_free=figures.slots_free,
+            busy_share=min(1.0, max(0.0, busy_share)),
+            chunk_latency_ms=1e3 * latency_s / chunks if chunks else 0.0,
+            batch_size_mean=(figures.segments - before.segments) / passes if passes else 0.0,
+            chunks=figures.chunks,
+            passes=figures.passes,
+            device_bytes=figures.device_bytes,
+            rss_bytes=resident_bytes(),
+        )
+
+
+def _announcement(emit: Emit, chunk: e.FinishedChunk) -> m.ChunkReady:
+    return m.ChunkReady(
+        session_id=emit.session_id,
+        epoch=emit.epoch,
+        chunk_index=emit.chunk_index,
+        digest=chunk.digest,
+        digest_prev=chunk.digest_prev,
+        frames=len(chunk.frames),
+        steps=chunk.steps,
+        prompt_version=chunk.prompt_version,
+        wait_ms=1e3 * chunk.wait_s,
+        denoise_ms=1e3 * chunk.denoise_s,
+        decode_ms=1e3 * chunk.decode_s,
+        batch_size=chunk.batch_size,
+    )
+
+
+def resident_bytes() -> int:
+    """This process's resident memory; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError, ValueError):
+        return 0

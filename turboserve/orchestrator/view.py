@@ -54,6 +54,7 @@ class SessionColumns:
     ids: list[str] = field(default_factory=list)
     state: Bytes = field(init=False)
     active: Flags = field(init=False)  # inside an active period: has chunks to make
+    in_chunk: Flags = field(init=False)  # a chunk of it is in work; a transfer would have to wait for its end
     worker: Ints = field(init=False)
     target: Ints = field(init=False)
     tenant: Ints = field(init=False)
@@ -73,6 +74,7 @@ class SessionColumns:
         n = self.capacity
         self.state = np.zeros(n, np.int8)
         self.active = np.zeros(n, np.bool_)
+        self.in_chunk = np.zeros(n, np.bool_)
         for name, fill in (
             ("worker", NOWHERE),
             ("target", NOWHERE),
@@ -183,6 +185,8 @@ class ClusterView:
     workers: WorkerColumns
     profiles: tuple[LatencyProfile, ...]
     workers_max: int  # the fleet may not grow past this
+    workers_min: int = 1  # nor shrink below; equal to workers_max for a fixed fleet
+    provision_s: float = 0.0  # from asking for a worker until it is ready
     tenant_weights: tuple[float, ...] = (1.0,)
     steps_floor: int | None = None  # None: brownout is off
     observed: Observed = field(default_factory=Observed)
@@ -268,6 +272,7 @@ def add_session(
     profile = view.profile
     s.state[row] = NEW
     s.active[row] = False
+    s.in_chunk[row] = False
     s.worker[row] = s.target[row] = NOWHERE
     s.tenant[row] = tenant
     s.size[row] = size
@@ -337,13 +342,17 @@ def make_view(
     session_capacity: int = 1024,
     worker_capacity: int = 64,
     workers_max: int = 10_000,
+    workers_min: int = 1,
+    provision_s: float | None = None,
     steps_floor: int | None = None,
 ) -> ClusterView:
-    """An empty cluster."""
+    """An empty cluster; `provision_s` None: the first profile's."""
     return ClusterView(
         sessions=SessionColumns(session_capacity),
         workers=WorkerColumns(worker_capacity),
         profiles=profiles,
         workers_max=workers_max,
+        workers_min=workers_min,
+        provision_s=profiles[0].provision_s if provision_s is None else provision_s,
         steps_floor=steps_floor,
     )

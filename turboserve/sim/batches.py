@@ -105,6 +105,7 @@ class Batches:
         for r in self.in_batch[row, : self.worker[row, BATCH_N]]:
             self.session[r, RUNNING] = 0
             self.session[r, PASSES] = 0
+            self.view.sessions.in_chunk[r] = False
         for r in self.members[row, : self.worker[row, MEMBERS]].copy():
             self.session[r, WORKER] = -1
             self.session[r, PASSES] = 0
@@ -203,6 +204,7 @@ class Batches:
                 self.settings,
                 s.steps,
                 s.next_deadline_s,
+                s.in_chunk,
             )
         )
 
@@ -256,7 +258,9 @@ def _sift(heap, worker, size, at):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _finish(w, now, session, worker, in_batch, rows, totals, notes, settings, deadline_s):  # type: ignore[no-untyped-def]
+def _finish(  # type: ignore[no-untyped-def]
+    w, now, session, worker, in_batch, rows, totals, notes, settings, deadline_s, in_chunk
+):
     """The batch of worker `w` ends: chunks are delivered, the next ones released."""
     n = worker[w, BATCH_N]
     for k in range(n):
@@ -290,6 +294,7 @@ def _finish(w, now, session, worker, in_batch, rows, totals, notes, settings, de
             totals[T_LATE] += 1
         if s[STEPS_BOUND] < settings[S_STEPS_FULL]:
             totals[T_REDUCED] += 1
+        in_chunk[r] = False
         s[INDEX] += 1
         s[DONE] += 1
         over = s[DONE] == s[WANTED]
@@ -314,7 +319,9 @@ def _finish(w, now, session, worker, in_batch, rows, totals, notes, settings, de
 
 
 @njit(cache=True)
-def _start(w, now, session, worker, members, in_batch, totals, duration_us, settings, steps, deadline_s):  # type: ignore[no-untyped-def]
+def _start(  # type: ignore[no-untyped-def]
+    w, now, session, worker, members, in_batch, totals, duration_us, settings, steps, deadline_s, in_chunk
+):
     """Worker `w` is free: one batch of what is ready, else sleep until the next release."""
     count = worker[w, MEMBERS]
     ready = np.empty(count, np.int64)
@@ -374,6 +381,7 @@ def _start(w, now, session, worker, members, in_batch, totals, duration_us, sett
         in_batch[w, slot] = r
         slot += 1
         s[RUNNING] = 1
+        in_chunk[r] = True
         if settings[S_PASS]:
             share += _pass_share(s[PASSES], settings)
             if s[STARTED_US] < 0:
@@ -407,12 +415,14 @@ def _pass_share(passes, settings):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _run(  # type: ignore[no-untyped-def]
-    now, limit, session, worker, members, in_batch, heap, rows, totals, notes, duration_us, settings, steps, deadline_s
+    now, limit, session, worker, members, in_batch, heap, rows, totals, notes, duration_us, settings, steps, deadline_s, in_chunk
 ):
     while totals[T_HEAP] > 0:
         top = heap[0]
         if worker[top, NEXT_US] <= now and not worker[top, BUSY]:
-            _start(top, now, session, worker, members, in_batch, totals, duration_us, settings, steps, deadline_s)
+            _start(
+                top, now, session, worker, members, in_batch, totals, duration_us, settings, steps, deadline_s, in_chunk
+            )
             _sift(heap, worker, totals[T_HEAP], 0)
             continue
         # Every start of the instant `now` is done; on to the next instant, its ends first.
@@ -420,7 +430,7 @@ def _run(  # type: ignore[no-untyped-def]
             return limit
         now = worker[top, NEXT_US]
         while worker[heap[0], NEXT_US] == now and worker[heap[0], BUSY]:
-            _finish(heap[0], now, session, worker, in_batch, rows, totals, notes, settings, deadline_s)
+            _finish(heap[0], now, session, worker, in_batch, rows, totals, notes, settings, deadline_s, in_chunk)
             _sift(heap, worker, totals[T_HEAP], 0)
         if totals[T_NOTES] > 0 or now == limit:
             return now

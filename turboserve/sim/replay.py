@@ -109,6 +109,8 @@ class _Replay:
         self.view: ClusterView = make_view(
             (profile,),
             workers_max=fixed if fixed is not None else settings.workers_max,
+            workers_min=fixed if fixed is not None else 1,
+            provision_s=settings.provision_s,
             worker_capacity=max(64, fixed or 0),
             steps_floor=settings.steps_floor,
         )

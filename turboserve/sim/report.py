@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from turboserve.sim.batches import R_DEADLINE, R_FINISH, R_N, R_PERIOD, R_READY, R_RELEASE, R_SESSION, R_START, R_STEPS
+from turboserve.sim.clairvoyant import cheapest_fleet
 from turboserve.sim.events import US, to_us
 from turboserve.sim.replay import Run
-from turboserve.sim.trace import demand
+from turboserve.sim.trace import demand, periods
 
 TOLERANCE_US = 2
 _COUNTED = {
@@ -59,6 +60,21 @@ def report(run: Run, reference_worker_hours: float | None = None) -> dict[str, A
         "peak_active": peak,
         "dropped_actions": {k: v for k, v in sorted(run.log.dropped_actions.items()) if v},
     }
+
+
+def reference_hours(run: Run) -> float:
+    """The clairvoyant's bill for this trace under the run's delay and provisioning unit."""
+    s, profile = run.settings, run.profile
+    starts_s, ends_s = periods(run.trace)
+    return cheapest_fleet(
+        starts_s,
+        ends_s,
+        capacity=profile.capacity,
+        provision_s=profile.provision_s if s.provision_s is None else s.provision_s,
+        warmup_s=s.warmup_s,
+        end_s=run.end_us / US,
+        unit_workers=profile.provision_unit_workers,
+    ).worker_hours
 
 
 def figures(run: Run, start_us: int, end_us: int) -> dict[str, Any]:

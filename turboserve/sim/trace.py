@@ -149,21 +149,31 @@ class Demand:
         return int(self.count[first:last].max(initial=0))
 
 
+def periods(trace: Trace) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Nominal (start_s, end_s) of every active period: from its `active` to its `idle` or `depart`."""
+    running: dict[int, int] = {}
+    starts: list[int] = []
+    ends: list[int] = []
+    columns = zip(trace.time_us.tolist(), trace.session.tolist(), trace.event.tolist(), strict=True)
+    for t, session, event in columns:
+        if event == ACTIVE:
+            running[session] = t
+        elif event != ARRIVE and session in running:
+            starts.append(running.pop(session))
+            ends.append(t)
+    for t in running.values():  # a trace cut without departures
+        starts.append(t)
+        ends.append(trace.horizon_us)
+    return np.array(starts) / US, np.array(ends) / US
+
+
 def demand(trace: Trace) -> Demand:
-    """Nominal demand: a period is active from its `active` to its `idle` or `depart`."""
-    starts = trace.event == ACTIVE
-    running = np.zeros(len(trace.session_ids), np.bool_)
-    delta = np.zeros(trace.time_us.size, np.int64)
-    for i in range(trace.time_us.size):
-        s = trace.session[i]
-        if starts[i]:
-            delta[i] = 1
-            running[s] = True
-        elif trace.event[i] != ARRIVE and running[s]:
-            delta[i] = -1
-            running[s] = False
-    order = np.lexsort((delta, trace.time_us))  # ends (-1) before starts (+1)
-    times, counts = trace.time_us[order], np.cumsum(delta[order])
+    """Nominal demand over time, swept with ends before starts at equal times."""
+    starts_s, ends_s = periods(trace)
+    times = np.round(np.concatenate([ends_s, starts_s]) * US).astype(np.int64)
+    delta = np.concatenate([np.full(ends_s.size, -1), np.ones(starts_s.size, np.int64)]).astype(np.int64)
+    order = np.argsort(times, kind="stable")
+    times, counts = times[order], np.cumsum(delta[order])
     last_of_instant = np.append(times[1:] != times[:-1], True) if times.size else np.zeros(0, np.bool_)
     return Demand(times[last_of_instant], counts[last_of_instant])
 

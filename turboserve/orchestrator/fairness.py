@@ -1,0 +1,80 @@
+"""Weighted-fair admission among tenants: who may have active sessions placed, and who gives way.
+
+Room is counted in active sessions the fleet carries. Each tenant's share is its max-min fair part by weight: nobody
+gets more than it asks for, what it leaves goes to the others. Within its share a tenant's sessions are placed whatever
+the others do; beyond it they are placed only while there is room nobody else asks for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from turboserve.orchestrator.view import GONE, HELD, NOWHERE, ClusterView, Floats, Ints
+
+
+def shares(asked: Floats, weights: Floats, room: float) -> Floats:
+    """Max-min fair shares of `room` by weight; the sum is min(room, sum of asked)."""
+    given = np.zeros(len(asked))
+    open_ = asked > 0
+    left = room
+    while open_.any() and left > 1e-9:
+        each = left / weights[open_].sum()
+        done = open_ & (asked - given <= each * weights + 1e-9)
+        if not done.any():
+            given[open_] += each * weights[open_]
+            break
+        left -= float((asked[done] - given[done]).sum())
+        given[done] = asked[done]
+        open_ &= ~done
+    return given
+
+
+def tenant_counts(view: ClusterView) -> tuple[Ints, Ints]:
+    """(active, placed and active) sessions of each tenant."""
+    s = view.sessions
+    n = s.count
+    tenants = len(view.tenant_weights)
+    active = s.active[:n] & (s.state[:n] != GONE)
+    placed = active & ((s.worker[:n] != NOWHERE) | (s.target[:n] != NOWHERE))
+    return (
+        np.bincount(s.tenant[:n][active], minlength=tenants),
+        np.bincount(s.tenant[:n][placed], minlength=tenants),
+    )
+
+
+def order(view: ClusterView, waiting: Ints, room: int) -> tuple[list[int], Floats, Ints]:
+    """The waiting sessions in fair order, the tenants' shares, and how many of each are placed.
+
+    The tenant furthest below its share by weight comes first, within a tenant who waits longest.
+    """
+    s = view.sessions
+    active, placed = tenant_counts(view)
+    share = shares(active.astype(np.float64), np.array(view.tenant_weights), float(room))
+    left = {t: [int(r) for r in waiting if s.tenant[r] == t] for t in range(len(share))}
+    counted = placed.astype(np.float64)
+    ordered: list[int] = []
+    while True:
+        candidates = [t for t in left if left[t]]
+        if not candidates:
+            return ordered, share, placed
+        first = min(candidates, key=lambda t: (counted[t] / max(share[t], 1e-9), t))
+        ordered.append(left[first].pop(0))
+        counted[first] += 1
+
+
+def gives_way(view: ClusterView, placed: Ints, share: Floats, sending: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int | None:
+    """The session to suspend for one that is within its share: the youngest active one of the tenant furthest over.
+
+    `sending` marks workers whose outbound transfer is taken. None when no tenant is over its share.
+    """
+    s = view.sessions
+    n = s.count
+    over = placed - np.floor(share + 1e-9)
+    tenant = int(np.argmax(over))
+    if over[tenant] <= 0:
+        return None
+    rows = np.flatnonzero((s.state[:n] == HELD) & s.active[:n] & (s.tenant[:n] == tenant))
+    rows = rows[~sending[s.worker[rows]]]
+    if rows.size == 0:
+        return None
+    return int(rows[np.lexsort((rows, -s.active_since_s[rows], s.in_chunk[rows]))[0]])

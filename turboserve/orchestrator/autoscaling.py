@@ -36,7 +36,7 @@ class Level:
     rho: float
 
 
-# Profiled by bench/orchestrator/profile_levels.py; volatile demand is small demand, where a whole worker is a large step.
+# Profiled by bench/orchestrator/profile_levels.py. Volatile demand is small demand: a whole worker is a large step.
 LEVELS = (
     Level(0.00, 12.0, 1.0),
     Level(0.10, 12.0, 1.0),

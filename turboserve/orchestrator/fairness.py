@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from turboserve.orchestrator.view import GONE, HELD, NOWHERE, ClusterView, Floats, Ints
+from turboserve.orchestrator.view import GONE, HELD, NOWHERE, ClusterView, Flags, Floats, Ints
 
 
 def shares(asked: Floats, weights: Floats, room: float) -> Floats:
@@ -51,18 +51,17 @@ def order(view: ClusterView, waiting: Ints, room: int) -> tuple[list[int], Float
     active, placed = tenant_counts(view)
     share = shares(active.astype(np.float64), np.array(view.tenant_weights), float(room))
     left = {t: [int(r) for r in waiting if s.tenant[r] == t] for t in range(len(share))}
-    counted = placed.astype(np.float64)
+    counted = [float(x) for x in placed]
+    wanted = [max(float(x), 1e-9) for x in share]
     ordered: list[int] = []
-    while True:
-        candidates = [t for t in left if left[t]]
-        if not candidates:
-            return ordered, share, placed
-        first = min(candidates, key=lambda t: (counted[t] / max(share[t], 1e-9), t))
+    while any(left.values()):
+        first = min((counted[t] / wanted[t], t) for t in left if left[t])[1]
         ordered.append(left[first].pop(0))
-        counted[first] += 1
+        counted[first] += 1.0
+    return ordered, share, placed
 
 
-def gives_way(view: ClusterView, placed: Ints, share: Floats, sending: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int | None:
+def gives_way(view: ClusterView, placed: Ints, share: Floats, sending: Flags) -> int | None:
     """The session to suspend for one that is within its share: the youngest active one of the tenant furthest over.
 
     `sending` marks workers whose outbound transfer is taken. None when no tenant is over its share.

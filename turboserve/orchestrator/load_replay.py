@@ -111,7 +111,9 @@ def refine(
     return replace(memory, price_factor=factor, sigma_scale=scale, refined_s=now_s)
 
 
-def family(base: Floats, scales: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)) -> list[Floats]:
+def family(
+    base: Floats, scales: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+) -> list[Floats]:
     """Segments of growing volatility: the base with its deviation from the mean scaled, never below zero."""
     mean = float(base.mean())
     return [np.maximum(0.0, np.round(mean + scale * (base - mean))) for scale in scales]

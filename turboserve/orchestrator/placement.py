@@ -326,5 +326,3 @@ def latency_table(profile: LatencyProfile) -> Floats:
     if table is None:
         table = _TABLES[profile.batch_latency_s] = np.array(profile.batch_latency_s)
     return table
-
-

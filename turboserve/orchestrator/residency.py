@@ -9,8 +9,6 @@ which is the ski-rental rule with the hold as rent; otherwise it goes to host me
 
 from __future__ import annotations
 
-
-
 import numpy as np
 
 from turboserve.orchestrator.placement import Survey, lightest, promise
@@ -19,8 +17,6 @@ from turboserve.orchestrator.view import HELD, NOWHERE, ClusterView
 
 ROOM_KEPT = 2  # places kept free on each worker for who arrives or comes back
 IDLE_HOLD_S = 120.0  # idle for longer: not worth another worker's memory
-
-
 
 
 def make_room(view: ClusterView, sv: Survey) -> list[Action]:

@@ -20,13 +20,13 @@ def load_latency(table: Floats, load: float) -> float:
     if load <= 0.0:
         return 0.0
     if load <= 1.0:
-        return table[0] * load
+        return float(table[0] * load)
     below = int(load)
     last = len(table)
     if below >= last:
         slope = table[last - 1] - table[last - 2] if last > 1 else table[0]
-        return table[last - 1] + (load - last) * max(slope, 1e-9)
-    return table[below - 1] + (load - below) * (table[below] - table[below - 1])
+        return float(table[last - 1] + (load - last) * max(slope, 1e-9))
+    return float(table[below - 1] + (load - below) * (table[below] - table[below - 1]))
 
 
 @njit(cache=True)

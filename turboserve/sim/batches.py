@@ -320,7 +320,18 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _start(  # type: ignore[no-untyped-def]
-    w, now, session, worker, members, in_batch, totals, duration_us, settings, steps, deadline_s, in_chunk
+    w,
+    now,
+    session,
+    worker,
+    members,
+    in_batch,
+    totals,
+    duration_us,
+    settings,
+    steps,
+    deadline_s,
+    in_chunk,
 ):
     """Worker `w` is free: one batch of what is ready, else sleep until the next release."""
     count = worker[w, MEMBERS]
@@ -415,13 +426,38 @@ def _pass_share(passes, settings):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _run(  # type: ignore[no-untyped-def]
-    now, limit, session, worker, members, in_batch, heap, rows, totals, notes, duration_us, settings, steps, deadline_s, in_chunk
+    now,
+    limit,
+    session,
+    worker,
+    members,
+    in_batch,
+    heap,
+    rows,
+    totals,
+    notes,
+    duration_us,
+    settings,
+    steps,
+    deadline_s,
+    in_chunk,
 ):
     while totals[T_HEAP] > 0:
         top = heap[0]
         if worker[top, NEXT_US] <= now and not worker[top, BUSY]:
             _start(
-                top, now, session, worker, members, in_batch, totals, duration_us, settings, steps, deadline_s, in_chunk
+                top,
+                now,
+                session,
+                worker,
+                members,
+                in_batch,
+                totals,
+                duration_us,
+                settings,
+                steps,
+                deadline_s,
+                in_chunk,
             )
             _sift(heap, worker, totals[T_HEAP], 0)
             continue

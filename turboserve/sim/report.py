@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.sim.batches import R_DEADLINE, R_FINISH, R_N, R_PERIOD, R_READY, R_RELEASE, R_SESSION, R_START, R_STEPS
-from turboserve.sim.clairvoyant import cheapest_fleet
+from turboserve.sim.clairvoyant import CheapestFleet, cheapest_fleet
 from turboserve.sim.events import US, to_us
-from turboserve.sim.replay import Run
-from turboserve.sim.trace import demand, periods
+from turboserve.sim.replay import Run, Settings
+from turboserve.sim.trace import Trace, demand, periods
 
 TOLERANCE_US = 2
 _COUNTED = {
@@ -31,7 +32,6 @@ def report(run: Run, reference_worker_hours: float | None = None) -> dict[str, A
     """The figures of a run; `reference_worker_hours` is the clairvoyant's bill (sim/clairvoyant.py)."""
     s, profile = run.settings, run.profile
     warm_us = min(to_us(s.warmup_s), run.end_us)
-    provision_s = profile.provision_s if s.provision_s is None else s.provision_s
     peak = demand(run.trace).peak_in(warm_us, run.end_us)
     bound = None
     if s.workers is not None and peak > 0:
@@ -42,17 +42,7 @@ def report(run: Run, reference_worker_hours: float | None = None) -> dict[str, A
         "trace": run.trace.name,
         "profile": profile.name,
         "seed": s.seed,
-        "settings": {
-            "provision_s": provision_s,
-            "pace": s.pace,
-            "batching": s.batching,
-            "workers": s.workers,
-            "workers_max": s.workers_max,
-            "initial_workers": s.initial_workers,
-            "warmup_s": s.warmup_s,
-            "steps_floor": s.steps_floor,
-            "losses_s": list(s.losses_s),
-        },
+        "settings": _settings(profile, s),
         **figures(run, warm_us, run.end_us),
         "warmup": figures(run, 0, warm_us),
         "reference": {"worker_hours": reference_worker_hours, "service_max_s": bound},
@@ -64,17 +54,55 @@ def report(run: Run, reference_worker_hours: float | None = None) -> dict[str, A
 
 def reference_hours(run: Run) -> float:
     """The clairvoyant's bill for this trace under the run's delay and provisioning unit."""
-    s, profile = run.settings, run.profile
-    starts_s, ends_s = periods(run.trace)
+    return _cheapest(run.trace, run.profile, run.settings, run.end_us).worker_hours
+
+
+def clairvoyant_report(trace: Trace, profile: LatencyProfile, settings: Settings) -> dict[str, Any]:
+    """What `--policy clairvoyant` writes: the bill and the fleet; there is no run behind it."""
+    end_us = trace.horizon_us
+    fleet = _cheapest(trace, profile, settings, end_us)
+    span_h = (end_us / US - settings.warmup_s) / 3600
+    hours = fleet.worker_hours
+    return {
+        "policy": "clairvoyant",
+        "trace": trace.name,
+        "profile": profile.name,
+        "seed": settings.seed,
+        "settings": _settings(profile, settings),
+        "worker_hours": hours,
+        "cost": hours * profile.price_per_worker_hour,
+        "workers": {"mean": hours / span_h if span_h > 0 else 0.0, "max": int(fleet.billed_workers.max(initial=0))},
+        "scale_outs": fleet.starts,
+        "reference": {"worker_hours": hours, "service_max_s": None},
+        "end_s": end_us / US,
+    }
+
+
+def _cheapest(trace: Trace, profile: LatencyProfile, s: Settings, end_us: int) -> CheapestFleet:
+    starts_s, ends_s = periods(trace)
     return cheapest_fleet(
         starts_s,
         ends_s,
         capacity=profile.capacity,
         provision_s=profile.provision_s if s.provision_s is None else s.provision_s,
         warmup_s=s.warmup_s,
-        end_s=run.end_us / US,
+        end_s=end_us / US,
         unit_workers=profile.provision_unit_workers,
-    ).worker_hours
+    )
+
+
+def _settings(profile: LatencyProfile, s: Settings) -> dict[str, Any]:
+    return {
+        "provision_s": profile.provision_s if s.provision_s is None else s.provision_s,
+        "pace": s.pace,
+        "batching": s.batching,
+        "workers": s.workers,
+        "workers_max": s.workers_max,
+        "initial_workers": s.initial_workers,
+        "warmup_s": s.warmup_s,
+        "steps_floor": s.steps_floor,
+        "losses_s": list(s.losses_s),
+    }
 
 
 def figures(run: Run, start_us: int, end_us: int) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""`turboserve simulate`: one policy over one trace on simulated time, its files into a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from turboserve.cli.options import console, json_option, print_json
+
+
+@click.command("simulate")
+@click.option("--trace", "trace_file", required=True, metavar="FILE", help="Session trace (traces/README.md).")
+@click.option("--profile", default="k4", metavar="FILE|NAME", help="Latency profile: a file or a shipped name.")
+@click.option("--policy", default="turboserve", metavar="NAME", help="Who decides; an unknown name lists them all.")
+@click.option("--workers", type=int, default=None, help="Fix the fleet; it is there from time 0.")
+@click.option("--max-workers", type=int, default=None, help="Largest fleet of a scaling policy.")
+@click.option("--provision-s", type=float, default=None, help="Seconds until a worker is ready; default: profile's.")
+@click.option("--pace", default="realtime", help="realtime or closed.")
+@click.option("--initial-workers", type=int, default=2, help="Workers of a scaling policy at time 0.")
+@click.option("--warmup-s", type=float, default=600.0, help="Figures cover the time after this.")
+@click.option("--batching", default="chunk", help="chunk (whole chunks, auditable) or pass (as our engine).")
+@click.option("--steps-floor", type=int, default=None, help="Allow brownout down to so many denoise steps.")
+@click.option("--seed", type=int, default=0, help="Draws which worker is lost, if any.")
+@click.option("--lose-at", multiple=True, type=float, metavar="S", help="Lose a worker at this time (repeatable).")
+@click.option("--knob", multiple=True, metavar="NAME=VALUE", help="A knob of the policy (repeatable).")
+@click.option("--html/--no-html", default=True, help="Write report.html as well.")
+@click.option("--out", "out_dir", required=True, metavar="DIR", help="Directory for the files of the run.")
+@json_option
+def command(
+    trace_file: str,
+    profile: str,
+    policy: str,
+    workers: int | None,
+    max_workers: int | None,
+    provision_s: float | None,
+    pace: str,
+    initial_workers: int,
+    warmup_s: float,
+    batching: str,
+    steps_floor: int | None,
+    seed: int,
+    lose_at: tuple[float, ...],
+    knob: tuple[str, ...],
+    html: bool,
+    out_dir: str,
+    as_json: bool,
+) -> None:
+    """Run a scheduling policy over a trace on simulated time."""
+    from turboserve.sim.files import write_report, write_run
+    from turboserve.sim.policies import make_policy
+    from turboserve.sim.profile_files import load_profile
+    from turboserve.sim.replay import WORKERS_MAX_DEFAULT, Settings, simulate
+    from turboserve.sim.report import clairvoyant_report, reference_hours, report
+    from turboserve.sim.trace import read_trace
+
+    settings = Settings(
+        workers=workers,
+        workers_max=WORKERS_MAX_DEFAULT if max_workers is None else max_workers,
+        initial_workers=initial_workers,
+        provision_s=provision_s,
+        pace=pace,
+        batching=batching,
+        warmup_s=warmup_s,
+        steps_floor=steps_floor,
+        seed=seed,
+        losses_s=lose_at,
+    )
+    trace = read_trace(trace_file)
+    model = load_profile(profile)
+    if policy == "clairvoyant":
+        found = clairvoyant_report(trace, model, settings)
+        write_report(found, out_dir)
+    else:
+        delay_s = model.provision_s if provision_s is None else provision_s
+        made = make_policy(policy, scaling=workers is None, provision_s=delay_s, **_knobs(knob))
+        run = simulate(trace, model, made, settings)
+        found = report(run, reference_hours(run))
+        write_run(run, found, out_dir)
+        if html:
+            from turboserve.sim.report_page import write_page
+
+            write_page(run, found, Path(out_dir) / "report.html")
+    if as_json:
+        print_json(found)
+    else:
+        _say(found, out_dir)
+
+
+def _knobs(pairs: tuple[str, ...]) -> dict[str, float]:
+    knobs = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            knobs[name] = float(value)
+        except ValueError as e:
+            raise click.BadParameter(f"{pair!r}: expected NAME=NUMBER", param_hint="--knob") from e
+    return knobs
+
+
+def _say(found: dict[str, Any], out_dir: str) -> None:
+    out = console()
+    hours = found["worker_hours"]
+    reference = found["reference"]["worker_hours"]
+    beside = f", {hours / reference:.2f}x the clairvoyant" if reference else ""
+    out.print(f"[bold]{found['policy']}[/bold] on {found['trace']}, profile {found['profile']}")
+    out.print(f"  {hours:.2f} worker-hours{beside}")
+    if "on_time_share" in found:
+        service = found["service_s"]
+        out.print(f"  {100 * found['on_time_share']:.3f} % of {found['chunks']} chunks on time, {found['shed']} shed")
+        out.print(f"  service p50 {service['p50']} s, p99 {service['p99']} s, worst {service['max']} s")
+        out.print(
+            f"  {found['migrations']} migrations, {100 * found['reduced_step_share']:.2f} % chunks with fewer steps"
+        )
+    out.print(f"  files in {out_dir}")

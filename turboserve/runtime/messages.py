@@ -302,6 +302,7 @@ class SessionPlaced(Message, frozen=True, kw_only=True):
     epoch: Count
     worker_id: ShortText
     numerics_id: ShortText
+    next_index: Count = 0
     continuity: ShortText = ""
 
 

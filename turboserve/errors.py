@@ -6,7 +6,12 @@ TurboServeError
 │   ├── UnknownModel          a model name or path that cannot be served
 │   ├── IndexOutOfRange       a chunk index outside what can be replayed or asked for
 │   ├── IndexPassed           an input for a chunk that has already begun
-│   └── Conflict              a command that the session's state does not allow
+│   ├── Conflict              a command that the session's state does not allow
+│   │   └── EventIdConflict   a prompt's event_id was used before
+│   ├── Malformed             bytes that are no JSON, or a message that is none of ours
+│   ├── TooLarge              a body or header above its bound
+│   ├── TooSlow               a request that did not arrive in time
+│   └── NotOffered            a command that this deployment cannot carry out
 ├── AuthError                 no key, a wrong key, or a role that may not do this
 │   ├── Unauthenticated       401 / close 4401
 │   └── Forbidden             403
@@ -91,6 +96,31 @@ class IndexPassed(InvalidRequest):
 class Conflict(InvalidRequest):
     code = "conflict"
     http_status = 409
+
+
+class EventIdConflict(Conflict):
+    code = "event_id_conflict"
+
+
+class Malformed(InvalidRequest):
+    code = "malformed"
+    http_status = 400
+
+
+class TooLarge(InvalidRequest):
+    code = "too_large"
+    http_status = 413
+
+
+class TooSlow(InvalidRequest):
+    code = "too_slow"
+    http_status = 408
+    retryable = True
+
+
+class NotOffered(InvalidRequest):
+    code = "not_offered"
+    http_status = 501
 
 
 class AuthError(TurboServeError):

@@ -1,0 +1,568 @@
+"""The gateway's protocol without I/O: all sessions, their tenants' quotas, the controller's and workers' messages.
+
+Every method is one event and returns the effects it calls for, in order. Time and randomness come in from outside,
+so the same calls give the same effects: a simulated network can run this code.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from turboserve.errors import (
+    IndexOutOfRange,
+    NotFound,
+    Overloaded,
+    QuotaExceeded,
+    TurboServeError,
+    WorkerError,
+)
+from turboserve.runtime import messages
+from turboserve.server.attach_tokens import AttachTokens, token_hash
+from turboserve.server.effects import CloseViewer, Effect, Measure, Resolve, ToController, ToViewer
+from turboserve.server.gateway_config import Limits, Quotas
+from turboserve.server.log_records import LoggedSession, Opened
+from turboserve.server.outbox import Outbox
+from turboserve.server.pacing import Pace, StreamClock
+from turboserve.server.prompt_line import PromptLine
+from turboserve.server.rates import Rates
+from turboserve.server.session_stream import SessionStream, StreamShape
+from turboserve.session import PublicState
+
+OP_TIMEOUT_S = 10.0
+RETRY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSession:
+    """A checked wish for a session."""
+
+    sid: str
+    token: str
+    tenant: str
+    tenant_weight: float
+    wide: bool
+    shape: StreamShape
+    clock: StreamClock
+    seed: int
+    steps: int
+    format: str
+    prompt: str
+    prompt_switch: str = "swap"
+    allow_reduced_steps: bool = True
+    max_chunks: int | None = None
+    created_unix_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    worker_id: str
+    epoch: int
+    state: str
+    numerics_id: str = ""
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Operation:
+    """Something the HTTP side waits for. `message` is sent again when the controller comes back."""
+
+    message: messages.Message
+    deadline_s: float
+    sid: str = ""
+    done: messages.OpDone | None = None
+    needs_durable: bool = False
+    answered: bool = False
+
+
+@dataclass(slots=True)
+class GatewayLogic:
+    """See the module's docstring. `new_token` is the only source of randomness."""
+
+    limits: Limits
+    quotas: Quotas
+    wide_quotas: Quotas
+    new_token: Callable[[], str]
+    gateway_epoch: int = 1
+    sessions: dict[str, SessionStream] = field(default_factory=dict)
+    workers: dict[str, Worker] = field(default_factory=dict)
+    controller_up: bool = False
+    outbox: Outbox = field(default_factory=Outbox)
+    cluster: dict[str, Any] = field(default_factory=dict)
+    draining: bool = False
+    _operations: dict[int, Operation] = field(default_factory=dict)
+    _op_count: int = 0
+    _wakes: list[tuple[float, str]] = field(default_factory=list)
+    _ended: deque[tuple[float, str]] = field(default_factory=deque)
+    _creates: Rates = field(default_factory=Rates)
+    _attaches: Rates = field(default_factory=Rates)
+    _live: dict[str, int] = field(default_factory=dict)
+    _retries: deque[tuple[float, str]] = field(default_factory=deque)
+
+    # ------------------------------------------------------------------ the HTTP side
+
+    def quota(self, wide: bool) -> Quotas:
+        return self.wide_quotas if wide else self.quotas
+
+    def create(self, wish: NewSession, now_s: float) -> tuple[int, list[Effect]]:
+        """Open a session; the answer comes as Resolve with the returned operation id. Raises on a quota."""
+        quota = self.quota(wish.wide)
+        if self.draining:
+            raise Overloaded("the server is shutting down", hint="try again in a moment", retry_after_s=2.0)
+        live = self._live.get(wish.tenant, 0)
+        if live >= quota.sessions:
+            raise QuotaExceeded(
+                f"{live} sessions are open with this key",
+                expected=f"at most {quota.sessions} (quota sessions)",
+                hint="end one first",
+                retry_after_s=10.0,
+            )
+        wait_s = self._creates.take(wish.tenant, quota.creates_per_min, now_s)
+        if wait_s > 0:
+            raise QuotaExceeded(
+                "sessions are created too fast with this key",
+                expected=f"at most {quota.creates_per_min} a minute (quota creates_per_min)",
+                retry_after_s=wait_s,
+            )
+        if self._queued() >= self.limits.queue_length:
+            raise Overloaded("the queue for a session is full", hint="try again later", retry_after_s=5.0)
+        session = self._stream(wish, quota, now_s)
+        self.sessions[wish.sid] = session
+        self._live[wish.tenant] = live + 1
+        op_id = self._operate(self._create_message(wish), now_s, wish.sid)
+        self._operations[op_id].needs_durable = True
+        self.outbox.append(_opened(wish), lambda later_s: self._opened_durably(op_id))
+        return op_id, self._finish(session, now_s)
+
+    def _stream(self, wish: NewSession, quota: Quotas, now_s: float) -> SessionStream:
+        return SessionStream(
+            sid=wish.sid,
+            tenant=wish.tenant,
+            shape=wish.shape,
+            clock=wish.clock,
+            seed=wish.seed,
+            format=wish.format,
+            prompt_switch=wish.prompt_switch,
+            max_chunks=wish.max_chunks,
+            tokens=AttachTokens(token_hash(wish.token)),
+            prompts=PromptLine(inputs=[(0, 1, wish.prompt)], steps=[(0, wish.steps)]),
+            outbox=self.outbox,
+            created_s=now_s,
+            steps=wish.steps,
+            grace_s=self.limits.attach_grace_s,
+            slow_close_s=self.limits.slow_close_s,
+            session_s=quota.session_s,
+        )
+
+    def _create_message(self, wish: NewSession) -> Callable[[int], messages.Message]:
+        return lambda op_id: messages.CreateSession(
+            op_id=op_id,
+            session_id=wish.sid,
+            tenant=wish.tenant,
+            tenant_weight=wish.tenant_weight,
+            model=wish.shape.model,
+            seed=wish.seed,
+            width=wish.shape.width,
+            height=wish.shape.height,
+            steps=wish.steps,
+            prompt=wish.prompt,
+            prompt_switch=wish.prompt_switch,
+            allow_reduced_steps=wish.allow_reduced_steps,
+        )
+
+    @staticmethod
+    def _end_message(sid: str, reason: str) -> Callable[[int], messages.Message]:
+        return lambda op_id: messages.EndSession(op_id=op_id, session_id=sid, reason=reason[:256])
+
+    def _operate(self, build: Callable[[int], messages.Message], now_s: float, sid: str = "") -> int:
+        self._op_count += 1
+        op_id = (self.gateway_epoch << 32) + self._op_count
+        message = build(op_id)
+        self._operations[op_id] = Operation(message, now_s + OP_TIMEOUT_S, sid)
+        heapq.heappush(self._wakes, (now_s + OP_TIMEOUT_S, ""))
+        self.outbox.put(ToController(message))
+        return op_id
+
+    def _opened_durably(self, op_id: int) -> None:
+        operation = self._operations.get(op_id)
+        if operation is not None:
+            operation.needs_durable = False
+            self._answer(op_id, operation)
+
+    def command(self, kind: str, now_s: float, **fields: Any) -> tuple[int, list[Effect]]:
+        """An operator's wish to the controller."""
+        op_id = self._operate(lambda op: messages.AdminCommand(op_id=op, kind=kind, **fields), now_s)
+        return op_id, self.outbox.take()
+
+    def find(self, sid: str, tenant: str | None) -> SessionStream:
+        """A session of the tenant (of any tenant for None). To others it does not exist."""
+        session = self.sessions.get(sid)
+        if session is None or (tenant is not None and session.tenant != tenant):
+            raise NotFound("no such session", hint="it may have ended a while ago, or belong to another key")
+        return session
+
+    def end(self, sid: str, tenant: str | None, reason: str, now_s: float) -> list[Effect]:
+        session = self.find(sid, tenant)
+        session.end(reason, 1000, now_s)
+        return self._finish(session, now_s)
+
+    def pause(self, sid: str, tenant: str | None, now_s: float) -> list[Effect]:
+        session = self.find(sid, tenant)
+        session.pause(now_s)
+        return self._finish(session, now_s)
+
+    def resume(self, sid: str, tenant: str | None, now_s: float) -> list[Effect]:
+        session = self.find(sid, tenant)
+        session.resume(now_s)
+        return self._finish(session, now_s)
+
+    # ------------------------------------------------------------------ the viewer's side
+
+    def attach(
+        self, connection: int, sid: str, token: str, next_index: int, format: str | None, pace: Pace, now_s: float
+    ) -> list[Effect]:
+        session = self.sessions.get(sid)
+        if session is None:
+            return [CloseViewer(connection, 4404, "no such session")]
+        if session.tokens.accepts(token):
+            wait_s = self._attaches.take(sid, self._attach_quota(session), now_s)
+            if wait_s > 0:
+                return [CloseViewer(connection, 4429, f"too many attaches; retry after {wait_s:.0f} s")]
+        try:
+            session.attach(connection, token, next_index, format, pace, self.new_token(), now_s)
+        except IndexOutOfRange as error:
+            self.outbox.put(ToViewer(connection, error_message(error)))
+        if session.viewer is not None and session.adrift and not session.called_back:
+            session.called_back = True
+            self._operate(self._create_message(session.wish), now_s, sid)
+        return self._finish(session, now_s)
+
+    def _attach_quota(self, session: SessionStream) -> int:
+        wide = session.session_s >= self.wide_quotas.session_s
+        return self.quota(wide).attaches_per_min
+
+    def viewer(
+        self, connection: int, sid: str, act: Callable[[SessionStream], None], now_s: float
+    ) -> tuple[bool, list[Effect]]:
+        """A viewer's message other than attach; a typed error goes back to it. False when it was an error."""
+        session = self.sessions.get(sid)
+        if session is None or session.viewer is None or session.viewer.connection != connection:
+            return False, [ToViewer(connection, _NOT_ATTACHED)]
+        try:
+            act(session)
+            good = True
+        except TurboServeError as error:
+            self.outbox.put(ToViewer(connection, error_message(error)))
+            good = False
+        return good, self._finish(session, now_s)
+
+    def detach(self, connection: int, sid: str, now_s: float) -> list[Effect]:
+        session = self.sessions.get(sid)
+        if session is None:
+            return []
+        session.detach(connection, now_s)
+        return self._finish(session, now_s)
+
+    # ------------------------------------------------------------------ the controller's side
+
+    def controller_connected(self, now_s: float) -> list[Effect]:
+        """The channel is there (again): repeat what may not have arrived."""
+        self.controller_up = True
+        for operation in self._operations.values():
+            if operation.done is None:
+                self.outbox.put(ToController(operation.message))
+        for session in self.sessions.values():
+            if session.ended_s is None:
+                session.reported = None
+                session.pump(now_s)
+        return self.outbox.take()
+
+    def controller_lost(self) -> list[Effect]:
+        self.controller_up = False
+        return []
+
+    def from_controller(self, message: messages.AnyMessage, now_s: float) -> list[Effect]:
+        match message:
+            case messages.OpDone():
+                self._done(message, now_s)
+            case messages.SessionPlaced():
+                if session := self.sessions.get(message.session_id):
+                    session.placed(message, now_s)
+                    return self._finish(session, now_s)
+            case messages.SessionState():
+                if session := self.sessions.get(message.session_id):
+                    session.changed(message, now_s)
+                    return self._finish(session, now_s)
+            case messages.WorkerChanged():
+                return self._worker_changed(message, now_s)
+            case messages.ClusterSnapshot():
+                self.cluster = json.loads(message.body)
+            case _:
+                self.outbox.put(Measure("message_refused"))
+        return self.outbox.take()
+
+    def _done(self, message: messages.OpDone, now_s: float) -> None:
+        operation = self._operations.get(message.op_id)
+        if operation is None or operation.done is not None:
+            return
+        operation.done = message
+        session = self.sessions.get(operation.sid)
+        if session is not None and session.adrift and message.code == "conflict":
+            # The controller is still letting go of the session's earlier life.
+            del self._operations[message.op_id]
+            self._retries.append((now_s + RETRY_S, operation.sid))
+            heapq.heappush(self._wakes, (now_s + RETRY_S, ""))
+            return
+        if session is not None and not message.code and session.ended_s is None and not session.owned:
+            session.adrift = False
+            session.state = message.state or session.state
+            session.queue_position = message.queue_position
+        self._answer(message.op_id, operation)
+        if message.code and session is not None:
+            session.end(message.code, 1000, now_s)
+            self._finish_ended(now_s)
+
+    def _answer(self, op_id: int, operation: Operation) -> None:
+        done = operation.done
+        if done is None or operation.needs_durable:
+            return
+        del self._operations[op_id]
+        self.outbox.put(Resolve(op_id, _error_of(done) if done.code else done))
+
+    def _worker_changed(self, message: messages.WorkerChanged, now_s: float) -> list[Effect]:
+        known = self.workers.get(message.worker_id)
+        if known is not None and message.worker_epoch < known.epoch:
+            return []
+        worker = Worker(message.worker_id, message.worker_epoch, message.state, message.numerics_id, message.reason)
+        self.workers[message.worker_id] = worker
+        if message.state == "lost":
+            for session in self.sessions.values():
+                if session.owned and session.worker_id == message.worker_id:
+                    session.lose()
+                    session.state = PublicState.RECOVERING.value
+                    session.pump(now_s)
+        return self.outbox.take()
+
+    # ------------------------------------------------------------------ the worker's side
+
+    def worker_connected(self, worker_id: str, now_s: float) -> list[Effect]:
+        """The worker's data channel is there (again): credits that went nowhere are sent once more."""
+        for session in self.sessions.values():
+            if session.owned and session.worker_id == worker_id:
+                session.send_again(now_s)
+        return self.outbox.take()
+
+    def chunk(self, message: messages.ChunkReady, pixels: Any, now_s: float) -> list[Effect]:
+        session = self.sessions.get(message.session_id)
+        if session is None:
+            self.outbox.put(Measure("chunk_fenced"))
+            return self.outbox.take()
+        try:
+            session.chunk(message, pixels, now_s)
+        except TurboServeError as error:
+            session.check_error(error, now_s)
+        return self._finish(session, now_s)
+
+    def chunk_corrupt(self, message: messages.ChunkReady, error: TurboServeError, now_s: float) -> list[Effect]:
+        """The pixels of a chunk do not match their digest."""
+        session = self.sessions.get(message.session_id)
+        if session is None or message.epoch < session.epoch:
+            return []
+        session.check_error(error, now_s)
+        return self._finish(session, now_s)
+
+    def refused(self, message: messages.ChunkRefused, now_s: float) -> list[Effect]:
+        session = self.sessions.get(message.session_id)
+        if session is None:
+            return []
+        session.refused(message, now_s)
+        return self._finish(session, now_s)
+
+    # ------------------------------------------------------------------ time, log
+
+    def durable(self, count: int, now_s: float) -> list[Effect]:
+        self.outbox.durable(count, now_s)
+        self._finish_ended(now_s)
+        return self.outbox.take()
+
+    def wake_s(self) -> float | None:
+        return self._wakes[0][0] if self._wakes else None
+
+    def tick(self, now_s: float) -> list[Effect]:
+        """Run what is due. Cheap when nothing is."""
+        while self._wakes and self._wakes[0][0] <= now_s:
+            _, sid = heapq.heappop(self._wakes)
+            session = self.sessions.get(sid)
+            if session is not None:
+                session.tick(now_s)
+                self._schedule(session)
+            elif not sid:
+                self._expire_operations(now_s)
+        while self._ended and (
+            len(self._ended) > self.limits.ended_kept or self._ended[0][0] + self.limits.ended_kept_s <= now_s
+        ):
+            self.sessions.pop(self._ended.popleft()[1], None)
+        self._finish_ended(now_s)
+        return self.outbox.take()
+
+    def _expire_operations(self, now_s: float) -> None:
+        while self._retries and self._retries[0][0] <= now_s:
+            session = self.sessions.get(self._retries.popleft()[1])
+            if session is not None and session.ended_s is None and session.wish is not None:
+                self._operate(self._create_message(session.wish), now_s, session.sid)
+        for op_id, operation in list(self._operations.items()):
+            if operation.deadline_s > now_s:
+                continue
+            del self._operations[op_id]
+            if isinstance(operation.message, messages.EndSession):
+                continue
+            error = Overloaded("the controller does not answer", hint="try again in a moment", retry_after_s=2.0)
+            self.outbox.put(Resolve(op_id, error))
+            session = self.sessions.get(operation.sid)
+            if session is not None:
+                session.end("not_placed", 1000, now_s)
+
+    def _finish(self, session: SessionStream, now_s: float) -> list[Effect]:
+        self._finish_ended(now_s)
+        self._schedule(session)
+        return self.outbox.take()
+
+    def _schedule(self, session: SessionStream) -> None:
+        wake_s = session.wake_s()
+        if wake_s is not None and wake_s != session.scheduled_s:
+            session.scheduled_s = wake_s
+            heapq.heappush(self._wakes, (wake_s, session.sid))
+
+    def _finish_ended(self, now_s: float) -> None:
+        """Sessions that ended in this event: the controller frees them, quotas give way, a tombstone stays."""
+        ended, self.outbox.ended_sessions = self.outbox.ended_sessions, []
+        for sid, reason in ended:
+            session = self.sessions[sid]
+            self._live[session.tenant] = max(0, self._live.get(session.tenant, 0) - 1)
+            self._ended.append((now_s, sid))
+            self._operate(self._end_message(sid, reason), now_s)
+            self._attaches.forget(sid)
+            self.outbox.put(Measure("session_ended"))
+
+    def restore(
+        self, logged: Iterable[tuple[LoggedSession, StreamShape, StreamClock]], now_s: float, now_unix_s: float
+    ) -> list[Effect]:
+        """Sessions of an earlier gateway: detached, to be placed again and made again up to where they were."""
+        for one, shape, clock in logged:
+            opened = one.opened
+            quota = self.quota(opened.wide)
+            wish = NewSession(
+                sid=opened.sid,
+                token="",
+                tenant=opened.tenant,
+                tenant_weight=opened.tenant_weight,
+                wide=opened.wide,
+                shape=shape,
+                clock=clock,
+                seed=opened.seed,
+                steps=opened.steps,
+                format=opened.format,
+                prompt=opened.prompt,
+                prompt_switch=opened.prompt_switch,
+                allow_reduced_steps=opened.allow_reduced_steps,
+                max_chunks=opened.max_chunks,
+            )
+            session = self._stream(wish, quota, now_s - max(0.0, now_unix_s - opened.created_unix_s))
+            session.tokens = AttachTokens(one.token_hash, one.token_hash_prev)
+            session.prompts = PromptLine(
+                inputs=list(one.inputs) or session.prompts.inputs, steps=list(one.steps) or session.prompts.steps
+            )
+            session.prompts.newest_version = session.prompts.inputs[-1][1]
+            session.bound = session.durable = session.restored = one.bound
+            session.delivered = session.next_index = one.delivered
+            session.digest = one.digest
+            session.first_attach_s = session.detached_s = now_s
+            session.adrift, session.wish = True, wish
+            self.sessions[opened.sid] = session
+            self._live[opened.tenant] = self._live.get(opened.tenant, 0) + 1
+            self._operate(self._end_message(opened.sid, "gateway_restarted"), now_s)
+            self._schedule(session)
+        return self.outbox.take()
+
+    # ------------------------------------------------------------------ figures
+
+    def _queued(self) -> int:
+        return sum(1 for one in self.sessions.values() if one.ended_s is None and one.queue_position >= 0)
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether a new viewer would be served, and why not."""
+        if self.draining:
+            return False, "draining"
+        if not self.controller_up:
+            return False, "controller_unreachable"
+        if not any(worker.state == "ready" for worker in self.workers.values()):
+            return False, "no_worker_ready"
+        if self._queued() >= self.limits.queue_length:
+            return False, "queue_full"
+        return True, ""
+
+    def states(self) -> dict[str, int]:
+        """Sessions by public state, every state named."""
+        counts = {state.value: 0 for state in PublicState}
+        for session in self.sessions.values():
+            counts[session.public()] += 1
+        return counts
+
+
+def error_message(error: TurboServeError) -> dict[str, Any]:
+    """An error as the viewer sees it."""
+    message: dict[str, Any] = {"type": "error", "code": error.code, "message": error.message}
+    if error.expected:
+        message["expected"] = error.expected
+    if error.hint:
+        message["hint"] = error.hint
+    message["retryable"] = error.retryable
+    return message
+
+
+_NOT_ATTACHED = {
+    "type": "error",
+    "code": "conflict",
+    "message": "this connection is not attached to the session",
+    "expected": "an attach message first",
+    "retryable": False,
+}
+
+
+def _opened(wish: NewSession) -> Opened:
+    return Opened(
+        sid=wish.sid,
+        tenant=wish.tenant,
+        model=wish.shape.model,
+        model_hash=wish.shape.model_hash,
+        seed=wish.seed,
+        width=wish.shape.width,
+        height=wish.shape.height,
+        steps=wish.steps,
+        format=wish.format,
+        prompt=wish.prompt,
+        prompt_switch=wish.prompt_switch,
+        token_hash=token_hash(wish.token),
+        created_unix_s=wish.created_unix_s,
+        allow_reduced_steps=wish.allow_reduced_steps,
+        max_chunks=wish.max_chunks,
+        tenant_weight=wish.tenant_weight,
+        wide=wish.wide,
+    )
+
+
+def _error_of(done: messages.OpDone) -> TurboServeError:
+    """A controller's refusal as the error its code stands for; an unknown code is a plain failure."""
+    kind = next((kind for kind in _errors(TurboServeError) if kind.code == done.code), WorkerError)
+    error = kind(done.message or done.code, retry_after_s=done.retry_after_s or None)
+    return error
+
+
+def _errors(kind: type[TurboServeError]) -> Iterable[type[TurboServeError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _errors(child)

@@ -210,9 +210,10 @@ class Engine:
         """Latents to frames, once per chunk and per session: the codec sees one session at a time, at one shape."""
         before_s = self._clock()
         with span("decode"):
-            frames = self.model.decode(session.state, work.request.chunk_index)
+            # Row-major from here on: the digest and the frame ring both take the bytes as they lie.
+            frames = np.ascontiguousarray(self.model.decode(session.state, work.request.chunk_index))
         after_s = self._clock()
-        digest_prev, session.digest = session.digest, next_digest(session.digest, np.ascontiguousarray(frames))
+        digest_prev, session.digest = session.digest, next_digest(session.digest, frames)
         work.emitted = True
         assert work.started_s is not None
         self.stats.chunks += 1

@@ -22,8 +22,9 @@ import numpy as np
 from turboserve.bench import timing
 from turboserve.bench.command import bench_command
 from turboserve.bench.report import Row, cpu_name, make_row, versions
+from turboserve.digest import next_digest
 from turboserve.runtime import frame_ring
-from turboserve.runtime.frame_ring import FrameHeader, attach_consumer, attach_producer, chain_digest
+from turboserve.runtime.frame_ring import FrameHeader, attach_consumer, attach_producer
 
 SHAPES = [(4, 96, 96), (12, 480, 832)]  # a chunk of `shapes`, and one at 480p
 TWINS = ["python", *(["native"] if frame_ring.IMPLEMENTATION == "native" else [])]
@@ -46,7 +47,7 @@ def chunk_header(pixels: np.ndarray) -> FrameHeader:
         width=width,
         steps=4,
         prompt_version=0,
-        digest=chain_digest(b"", pixels),
+        digest=bytes.fromhex(next_digest("", pixels)),
         digest_prev=b"",
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from turboserve.bench import frame_ring as frame_ring_bench
 from turboserve.bench import report, timing
 from turboserve.cli import bench as cli_bench
 from turboserve.cli.main import main
@@ -70,7 +71,8 @@ def test_errors_are_relative_to_the_reference():
         timing.max_rel_err(np.zeros(3), reference)
 
 
-def test_frame_ring_bench_end_to_end(tmp_path):
+def test_frame_ring_bench_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(frame_ring_bench, "SHAPES", [(2, 8, 8)])
     out = tmp_path / "rows.json"
     result = CliRunner().invoke(main, ["bench", "frame-ring", "--rounds", "3", "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output

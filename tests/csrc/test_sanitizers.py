@@ -14,6 +14,6 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here")
 def test_the_ring_stress_is_clean_under_sanitizers():
-    result = subprocess.run([CSRC / "sanitize.sh", "1500"], capture_output=True, text=True, timeout=110, check=False)
+    result = subprocess.run([CSRC / "sanitize.sh", "600"], capture_output=True, text=True, timeout=110, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(": fine") == 2

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turboserve.digest import next_digest
 from turboserve.errors import ConfigError, Conflict, CorruptState, InvalidRequest, LayoutMismatch
 from turboserve.runtime import frame_ring
-from turboserve.runtime.frame_ring import FrameHeader, attach_consumer, attach_producer, chain_digest, create
+from turboserve.runtime.frame_ring import FrameHeader, attach_consumer, attach_producer, create
 
 TWINS = ["python"] + (["native"] if frame_ring.IMPLEMENTATION == "native" else [])
 PAIRS = [(producer, consumer) for producer in TWINS for consumer in TWINS]
@@ -37,7 +38,7 @@ def chunk(index: int, shape=(2, 3, 5), *, epoch: int = 1, seed: int = 0) -> tupl
         width=shape[2],
         steps=4,
         prompt_version=index // 3,
-        digest=chain_digest(digest_prev, pixels),
+        digest=bytes.fromhex(next_digest(digest_prev.hex(), pixels)),
         digest_prev=digest_prev,
         flags=index % 2,
     )

@@ -15,7 +15,6 @@ Two twins hold the same layout (csrc/frame_ring.h): `turboserve._native` in C++ 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import struct
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from turboserve.digest import next_digest
 from turboserve.errors import ConfigError, CorruptState, InvalidRequest
 from turboserve.runtime import frame_ring_twin as twin
 
@@ -79,13 +79,6 @@ def _twin(implementation: str | None) -> Any:
 def record_bytes(payload_bytes: int) -> int:
     """Bytes that one chunk takes in a ring; the launcher sizes rings with it."""
     return twin.record_bytes(payload_bytes)
-
-
-def chain_digest(digest_prev: bytes, pixels: bytes | memoryview | np.ndarray) -> bytes:
-    """The stream's digest after a chunk; `digest_prev` is empty for chunk 0."""
-    digest = hashlib.sha256(digest_prev)
-    digest.update(pixels)
-    return digest.digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +181,7 @@ class FrameRecord:
 
     def verify(self) -> None:
         """Checks the pixels against the digest chain; CorruptState if they differ."""
-        if chain_digest(self.header.digest_prev, self.pixels) != self.header.digest:
+        if next_digest(self.header.digest_prev.hex(), self.pixels) != self.header.digest.hex():
             raise CorruptState(
                 f"frame ring: the pixels of chunk {self.header.chunk_index} of session "
                 f"{self.header.session_id} do not match their digest"

@@ -68,6 +68,7 @@ class _H264Track:
         codec.options = dict(_X264_OPTIONS)
         codec.flags |= av.codec.context.Flags.global_header  # parameter sets are known before the first frame
         codec.open()
+        assert codec.extradata, "libx264 gives its parameter sets when it opens"
         self.sps, self.pps = parameter_sets(bytes(codec.extradata))
         self._frame_number = 0
 

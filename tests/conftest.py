@@ -1,0 +1,21 @@
+"""Fixtures for tests that need the whole server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from real_server import RunningServer, start_server
+
+
+@pytest.fixture(scope="session")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server for the whole run: embedded model, one worker, no keys. Leave it as you found it."""
+    with start_server(tmp_path_factory.mktemp("real-server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server_url(real_server: RunningServer) -> str:
+    """Base URL of `real_server`."""
+    return real_server.url

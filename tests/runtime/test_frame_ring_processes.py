@@ -99,10 +99,9 @@ def produce_until_killed(fd: int, epoch: int, implementation: str, pixels: bytes
 
 @pytest.mark.parametrize("implementation", TWINS)
 def test_a_producer_killed_at_any_moment_shows_no_half_record(implementation):
-    """40 producers, each killed at a random moment: every record seen is whole, the next worker goes on."""
+    """40 producers, each killed at a random moment of its work: no half record, and the next worker goes on."""
     rng = random.Random(5)
     fd = create(3 << 20, implementation=implementation)
-    seen_epochs: set[int] = set()
     with attach_consumer(fd, implementation=implementation) as gateway:
         for epoch in range(1, 41):
             # Digests differ between epochs, so half of one chunk over half of another does not verify.
@@ -110,19 +109,17 @@ def test_a_producer_killed_at_any_moment_shows_no_half_record(implementation):
             pid = os.fork()
             if pid == 0:
                 produce_until_killed(fd, epoch, implementation, pixels)
-            kill_at_s = time.monotonic() + rng.uniform(0.001, 0.02)
+            first = gateway.pop(timeout_s=60)
+            assert first.header.worker_epoch == epoch
+            kill_at_s = time.monotonic() + rng.uniform(0.0, 0.01)
             while time.monotonic() < kill_at_s:
-                record = gateway.pop(timeout_s=0.001)
-                if record:
-                    assert record.header.worker_epoch <= epoch
-                    seen_epochs.add(record.header.worker_epoch)
+                gateway.pop(timeout_s=0.001)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            while record := gateway.pop():
-                seen_epochs.add(record.header.worker_epoch)
+            while gateway.pop():
+                pass
             assert gateway.used_bytes == 0
     os.close(fd)
-    assert len(seen_epochs) > 20  # most of them lived long enough to be killed in their work
 
 
 def test_a_stopped_worker_that_wakes_after_its_successor_is_fenced():

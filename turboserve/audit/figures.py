@@ -11,6 +11,7 @@ from turboserve.audit.fleet import Lifetime
 from turboserve.audit.run_files import Run, TracePeriods
 from turboserve.audit.whereabouts import Whereabouts
 
+SECONDS_PER_HOUR = 3600.0
 PLAYER_DELAY_CHUNKS = 2.5
 """The viewer's player starts this many chunk targets after the period becomes active."""
 
@@ -86,8 +87,8 @@ def recompute(
         "first_chunk_s": spread((chunks["finish_s"] - active_s)[counted & (ordinal == 0)]),
         "batch_n_max": int(chunks["n"][counted].max(initial=0)),
         "reduced_step_share": float((chunks["steps"] < profile["denoise_steps"])[counted].sum() / max(1, delivered)),
-        "worker_hours": billed_s / 3600.0,
-        "cost": billed_s / 3600.0 * profile.get("price_per_worker_hour", 1.0),
+        "worker_hours": billed_s / SECONDS_PER_HOUR,
+        "cost": billed_s / SECONDS_PER_HOUR * profile.get("price_per_worker_hour", 1.0),
         "workers": {"mean": billed_s / max(TOLERANCE_S, end_s - warmup_s), "max": _most_billed(fleet, warmup_s, end_s)},
         "migrations": happened("migrate"),
         "suspends": happened("suspend"),
@@ -127,22 +128,22 @@ def balance_excess(
 ) -> float:
     """Time-weighted mean of (most active sessions on one worker - ceil(active / workers)).
 
-    A session is active from its period's start to that period's last chunk and counts where its memory hold
-    began last: at the target from the moment a migrate has ended, at a resume's target from its start.
-    `workers` are those ready and not yet gone. Moments with no worker ready count as 0.
+    A session is active from its period's start to that period's last chunk, wherever it is. It counts on a worker
+    while its state is there: on a migrate's source until its end, on a resume's target from its end. `workers` are
+    those ready and neither drained nor gone. Moments with no worker ready count as 0.
     """
     spans = _active_spans(run, trace)
-    # (time, +1 or -1, worker, or None for the fleet's size)
-    changes: list[tuple[float, int, str | None]] = []
-    for life in fleet.values():
-        if life.ready_s < math.inf:
-            changes += [(life.ready_s, 1, None), (min(life.gone_s, end_s), -1, None)]
+    # (time, change, worker), or the name of a total: "workers" that take sessions, "active" sessions anywhere.
+    changes: list[tuple[float, int, str]] = [(t, c, "workers") for t, c in _taking_workers(run, fleet, end_s)]
+    for mine in spans.values():
+        for active_from_s, active_to_s in mine:
+            changes += [(active_from_s, 1, "active"), (active_to_s, -1, "active")]
     for session, worker, from_s, to_s in _owned(where):
         code = trace.code.get(session)
         for active_from_s, active_to_s in spans.get(code, ()) if code is not None else ():
             begin_s, finish_s = max(from_s, active_from_s), min(to_s, active_to_s)
             if finish_s > begin_s:
-                changes += [(begin_s, 1, worker), (finish_s, -1, worker)]
+                changes += [(begin_s, 1, f"worker {worker}"), (finish_s, -1, f"worker {worker}")]
     changes.sort(key=lambda change: (change[0], change[1]))
     load: dict[str, int] = {}
     workers_with: dict[int, int] = {}  # load -> how many workers have it
@@ -155,10 +156,12 @@ def balance_excess(
             if workers > 0:
                 total += (most - -(-active // workers)) * (now_s - before_s)
             before_s = now_s
-        if worker is None:
+        if worker == "workers":
             workers += change
             continue
-        active += change
+        if worker == "active":
+            active += change
+            continue
         old = load.get(worker, 0)
         load[worker] = old + change
         workers_with[old] = workers_with.get(old, 0) - 1
@@ -168,18 +171,32 @@ def balance_excess(
     return total / max(TOLERANCE_S, end_s - warmup_s)
 
 
+def _taking_workers(run: Run, fleet: dict[str, Lifetime], end_s: float) -> list[tuple[float, int]]:
+    """Changes of the number of workers that are ready and not drained."""
+    changes: list[tuple[float, int]] = []
+    drains: dict[str, list[tuple[float, bool]]] = {}
+    for line in run.decisions:
+        if line["event"] == "drain" and line.get("worker") is not None:
+            drains.setdefault(str(line["worker"]), []).append((line["time_s"], bool(line.get("undo"))))
+    for worker, life in fleet.items():
+        if life.ready_s == math.inf:
+            continue
+        changes.append((life.ready_s, 1))
+        drained = False
+        for time_s, undo in drains.get(worker, ()):
+            if time_s <= life.gone_s and drained == undo:
+                drained = not undo
+                changes.append((time_s, 1 if undo else -1))
+        if not drained:
+            changes.append((min(life.gone_s, end_s), -1))
+    return changes
+
+
 def _owned(where: Whereabouts) -> list[tuple[str, str, float, float]]:
-    """Who runs a session when: its stays, each drawn out to the end of the transfer that ends it."""
-    end_of_transfer: dict[tuple[str, float], float] = {}
-    resumed_from: dict[tuple[str, float], float] = {}
-    for event, session, _, _, from_s, to_s in where.transfers:
-        if event == "migrate":
-            end_of_transfer[session, from_s] = to_s
-        elif event == "resume":
-            resumed_from[session, to_s] = from_s
+    """On whom a session counts when: its stays, each drawn out to the end of the transfer that ends it."""
+    leaving = {(session, from_s): to_s for event, session, _, _, from_s, to_s in where.transfers if event != "resume"}
     return [
-        (session, worker, resumed_from.get((session, from_s), from_s), end_of_transfer.get((session, to_s), to_s))
-        for session, worker, from_s, to_s in where.stays
+        (session, worker, from_s, leaving.get((session, to_s), to_s)) for session, worker, from_s, to_s in where.stays
     ]
 
 
@@ -200,14 +217,20 @@ def _active_spans(run: Run, trace: TracePeriods) -> dict[int, list[tuple[float, 
     return spans
 
 
-def check_report(report: dict, figures: dict, findings: Findings, *, shed_is_plain: bool) -> None:
-    """The report must not claim other figures than its own files give."""
+def check_report(report: dict, figures: dict, findings: Findings, *, shed_is_plain: bool, slack_hours: float) -> None:
+    """The report must not claim other figures than its own files give.
+
+    `slack_hours`: what the bill may differ by, because a transfer may be in flight as the last chunk ends.
+    """
+    price = figures["cost"] / figures["worker_hours"] if figures["worker_hours"] else 1.0
+    allowed = {"worker_hours": slack_hours, "cost": slack_hours * price}
 
     def differs(claimed: object, found: float, scale: float) -> bool:
         return not isinstance(claimed, int | float) or abs(claimed - found) > scale * max(1.0, abs(found))
 
     for key in EXACT + CLOSE + (WITH_SHED if shed_is_plain else ()):
-        if key in report and differs(report[key], figures[key], 1e-5 if key in CLOSE else 1e-9):
+        scale = 1e-5 + allowed.get(key, 0.0) if key in CLOSE else 1e-9
+        if key in report and differs(report[key], figures[key], scale):
             findings.add("report", f"report.json says {key} {report[key]}; its files give {figures[key]}")
     for key in SPREADS:
         for part in ("mean", "max"):

@@ -1,15 +1,15 @@
 """What a policy is to the simulator, and what most policies share.
 
-A policy is asked once per instant that had an arrival, an activity change, a worker or a transfer event, and at the
-time it asked to be woken; never per batch. It reads the view (columns of `orchestrator.view`; read-only) and answers
-with a plan in the vocabulary of `orchestrator.plan`. It may keep what it likes on itself; equal views in equal order
-must give equal plans (a seeded generator is fine, a clock is not).
+A policy is asked once per instant that had an arrival, an activity change, a worker or a transfer event,
+and at the time it asked to be woken; never per batch. It reads the view (columns of `orchestrator.view`;
+read-only) and answers with a plan in the vocabulary of `orchestrator.plan`. It may keep what it likes on
+itself; equal views in equal order must give equal plans (a seeded generator is fine, a clock is not).
 
-What the simulator does for everybody: transfers wait for the chunk in work to end, then take the profile's time; a
-session counts as held at both ends meanwhile; a worker has at most one inbound and one outbound transfer (a plan that
-breaks this has the action dropped; the policy is asked again when the transfer ends); a session that has an active
-period but no worker simply waits (its chunks are released on time and late when they finish). Batches are formed by
-`orchestrator.batching` the same way for every policy.
+What the simulator does for everybody: transfers wait for the chunk in work to end, then take the profile's
+time; a session counts as held at both ends meanwhile; a worker has at most one inbound and one outbound
+transfer (a plan that breaks this has the action dropped; the policy is asked again when the transfer ends);
+a session that has an active period but no worker simply waits (its chunks are released on time and late
+when they finish). Batches are formed by `orchestrator.batching` the same way for every policy.
 
 A minimal policy is `StaticLeast` below: at arrival to the worker with the fewest open sessions, for life.
 """
@@ -63,7 +63,8 @@ def waiting_rows(view: ClusterView) -> Ints:
 
 
 def least_valuable_idle(view: ClusterView, worker: int) -> int | None:
-    """The session on `worker` that has been idle longest; None when all it holds are active or in transfer."""
+    """The session on `worker` that has been idle longest; None when all it holds are active or in
+    transfer."""
     s = view.sessions
     rows = np.flatnonzero((s.worker[: s.count] == worker) & (s.state[: s.count] == HELD) & ~s.active[: s.count])
     if rows.size == 0:

@@ -38,10 +38,10 @@ class Level:
 
 # Profiled by bench/orchestrator/profile_levels.py. Volatile demand is small demand: a whole worker is a large step.
 LEVELS = (
-    Level(0.00, 12.0, 1.0),
-    Level(0.10, 12.0, 1.0),
-    Level(0.20, 12.0, 1.0),
-    Level(0.35, 12.0, 1.0),
+    Level(0.00, 6.0, 1.0),
+    Level(0.10, 6.0, 1.0),
+    Level(0.20, 6.0, 1.0),
+    Level(0.35, 6.0, 1.0),
 )
 
 
@@ -50,6 +50,7 @@ class ScaleMemory:
     """`recent`: (time, target) with falling targets, so that the first entry is the largest within the hold."""
 
     recent: tuple[tuple[float, int], ...] = ()
+    began_s: float | None = None  # first target noted: nothing shrinks before a whole hold has been seen
     price_factor: float = 1.0  # refined online, times the level's price
     sigma_scale: float = SIGMA_SCALE
     refined_s: float = 0.0
@@ -67,7 +68,12 @@ def level_of(volatility: float, levels: tuple[Level, ...] = LEVELS) -> Level:
 def remember(memory: ScaleMemory, target: int, now_s: float, hold_s: float) -> ScaleMemory:
     """Note a target; the largest of the last `hold_s` then is `memory.recent[0]`."""
     kept = [(t, n) for t, n in memory.recent if t > now_s - hold_s and n > target]
-    return replace(memory, recent=(*kept, (now_s, target)))
+    return replace(memory, recent=(*kept, (now_s, target)), began_s=now_s if memory.began_s is None else memory.began_s)
+
+
+def may_shrink(memory: ScaleMemory, now_s: float, hold_s: float) -> bool:
+    """Whether targets have been watched for a whole hold."""
+    return memory.began_s is not None and now_s - memory.began_s >= hold_s
 
 
 def hold_s(provision_s: float) -> float:

@@ -11,48 +11,51 @@ from __future__ import annotations
 
 import numpy as np
 
-from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.orchestrator.placement import Survey
 from turboserve.orchestrator.plan import SetSteps
-from turboserve.orchestrator.view import HELD, MIGRATING, RESUMING, ClusterView, Ints
+from turboserve.orchestrator.view import HELD, MIGRATING, RESUMING, ClusterView
 
-MARGIN_S = 0.1  # between looks; transfers take about as long
-RESTORE_S = 0.5  # slack beyond the threshold at which full steps come back
-
-
-def threshold_s(profile: LatencyProfile, sessions: int) -> float:
-    """Slack that a worker with `sessions` active ones needs at full steps: a batch to wait for and its own."""
-    return 2.0 * profile.load_latency(sessions) + MARGIN_S
+MARGIN_S = 0.05  # between looks; about what a transfer takes
+RESTORE_S = 0.5  # slack beyond the need at which an overfull worker goes back to full steps
 
 
-def adjust(view: ClusterView, sv: Survey, any_reduced: bool) -> tuple[list[SetSteps], float | None, bool]:
-    """Step changes, in how many seconds the slack of an overfull worker will need another look, and whether any
-    session is reduced afterwards."""
+def adjust(view: ClusterView, sv: Survey, now_s: float, any_reduced: bool) -> tuple[list[SetSteps], float | None, bool]:
+    """Step changes, in how many seconds an overfull worker needs another look, and whether any session is reduced
+    afterwards."""
     profile = view.profile
     floor = view.steps_floor
     if floor is None or floor >= profile.denoise_steps:
         return [], None, False
-    # Most ticks have neither an overfull worker nor a reduced session.
-    tight_s = threshold_s(profile, profile.capacity)
-    suspects = np.flatnonzero((sv.active_on > profile.capacity) | (sv.slack_s < tight_s))
-    if suspects.size == 0 and not any_reduced:
+    # Most ticks have neither an overfull worker, nor one that is behind, nor a reduced session.
+    rest_s = np.maximum(0.0, view.workers.busy_until_s[: view.workers.count] - now_s)
+    behind = sv.slack_s - rest_s < profile.load_latency(profile.capacity) + MARGIN_S
+    suspects = behind | (sv.active_on > profile.capacity)
+    if not any_reduced and not suspects.any():
         return [], None, False
     s = view.sessions
     n = s.count
+    where = np.where(s.target[:n] >= 0, s.target[:n], s.worker[:n])
     fewer_at_all = (s.steps[:n] < s.steps_full[:n]) & (s.state[:n] > 0)
     reduced_on = np.zeros(view.workers.count, np.bool_)
-    where = np.where(s.target[:n] >= 0, s.target[:n], s.worker[:n])
     reduced_on[where[fewer_at_all & (where >= 0) & s.active[:n]]] = True
-    actions: list[SetSteps] = []
     look_s: float | None = None
     down = np.zeros(view.workers.count, np.bool_)
-    for w in np.flatnonzero(reduced_on | _mask(suspects, view.workers.count)):
-        need_s = threshold_s(profile, int(sv.active_on[w]))
-        spare_s = float(sv.slack_s[w]) - need_s
-        down[w] = spare_s < (RESTORE_S if reduced_on[w] else 0.0)
-        if sv.active_on[w] > profile.capacity or down[w]:
-            wait_s = max(0.2, spare_s) if not down[w] else 0.5
+    for w in np.flatnonzero(reduced_on | suspects):
+        sessions = int(sv.active_on[w])
+        if sessions == 0:
+            continue
+        full_s = profile.load_latency(sessions)
+        # A chunk not begun yet waits for the batch in work, then takes a batch at full steps.
+        spare_s = float(sv.slack_s[w] - rest_s[w]) - full_s - MARGIN_S
+        overfull = sessions > profile.capacity
+        down[w] = spare_s < (RESTORE_S if reduced_on[w] and overfull else 0.0)
+        if overfull or down[w]:
+            # Each batch at full steps costs the slack what it takes beyond the pace; look again before it runs out.
+            loss_s = max(full_s - profile.chunk_s, 1e-3)
+            batches = 0 if down[w] else int(min(3.0, spare_s / loss_s))
+            wait_s = max(0.05, float(rest_s[w]) + 0.01 + batches * full_s)
             look_s = wait_s if look_s is None else min(look_s, wait_s)
+    actions: list[SetSteps] = []
     present = (s.state[:n] == HELD) | (s.state[:n] == MIGRATING) | (s.state[:n] == RESUMING)
     on_down = np.zeros(n, np.bool_)
     placed = present & (where >= 0)
@@ -66,9 +69,3 @@ def adjust(view: ClusterView, sv: Survey, any_reduced: bool) -> tuple[list[SetSt
     for r in np.flatnonzero(restore):
         actions.append(SetSteps(s.ids[r], int(s.steps_full[r]), "slack is back" if s.active[r] else "idle"))
     return actions, look_s, bool(down.any())
-
-
-def _mask(rows: Ints, n: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    mask = np.zeros(n, np.bool_)
-    mask[rows] = True
-    return mask

@@ -17,12 +17,15 @@ from turboserve.orchestrator.autoscaling import ScaleMemory, target_workers
 from turboserve.orchestrator.demand import GROWTH_S, SAMPLES_MAX, WINDOW_S, Demand, predict
 from turboserve.orchestrator.view import Floats
 
-# Share of session time without room that the replay may show. With brownout one session too many costs about two
-# reduced chunks of two denoise steps for each chunk of its own; 2 % of chunks may be reduced.
-EXCESS_SHARE_MAX = 0.005
+# Share of session time without room that the replay may show. Playout slack carries a good part of it; of the rest a
+# session too many costs about two chunks of two denoise steps for each of its own. 2 % of chunks may be reduced.
+EXCESS_SHARE_MAX = 0.01
+REDUCED_SHARE_MAX = 0.015  # of chunks, as it really was lately
 REFINE_EVERY_S = 60.0
 REFINE_AFTER_S = 300.0
-PRICE_FACTORS = np.array([0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 8.0])
+REFINE_SAMPLES = 900
+PRICE_STEPS = (0.7, 1.0, 1.4)  # tried around the factor in use
+PRICE_FACTOR_MIN, PRICE_FACTOR_MAX = 0.4, 12.0
 
 
 @njit(cache=True)
@@ -91,24 +94,22 @@ def refine(
     """
     if demand.count < REFINE_AFTER_S or delay_s <= 0:
         return replace(memory, refined_s=now_s)
-    samples = demand.samples[SAMPLES_MAX - demand.count :]
-    skip = min(120, demand.count // 4)
+    samples = demand.samples[SAMPLES_MAX - min(demand.count, REFINE_SAMPLES) :]
+    skip = min(120, len(samples) // 4)
     delay, hold = round(delay_s), round(autoscaling.hold_s(delay_s))
     level = autoscaling.level_of(memory.sigma_scale / max(1.0, float(samples[-WINDOW_S:].mean())) ** 0.5)
-    best, spread = float(PRICE_FACTORS[-1]), memory.sigma_scale
-    best_bill = np.inf
-    for factor in PRICE_FACTORS:
+    factors = [min(PRICE_FACTOR_MAX, max(PRICE_FACTOR_MIN, memory.price_factor * step)) for step in PRICE_STEPS]
+    best, best_bill, spread = factors[-1], np.inf, memory.sigma_scale
+    for factor in factors:
         bill, excess, spread = replay(
             samples, delay, capacity, level.price * factor, level.rho, hold, memory.sigma_scale, skip
         )
         if excess <= EXCESS_SHARE_MAX and bill < best_bill:
-            best, best_bill = float(factor), bill
-    if reduced_share is not None and reduced_share > 3 * EXCESS_SHARE_MAX:
-        best = max(best, memory.price_factor)
-    # Half a step towards the new values: one window is one sample of what may come.
-    factor = (memory.price_factor * best) ** 0.5
+            best, best_bill = factor, bill
+    if reduced_share is not None and reduced_share > REDUCED_SHARE_MAX:
+        best = factors[-1]
     scale = 0.7 * memory.sigma_scale + 0.3 * min(3.0, max(0.7, float(spread)))
-    return replace(memory, price_factor=factor, sigma_scale=scale, refined_s=now_s)
+    return replace(memory, price_factor=best, sigma_scale=scale, refined_s=now_s)
 
 
 def family(

@@ -49,6 +49,7 @@ class Survey:
     starting: Ints
     active: int  # all active sessions
     waiting: int  # of these on no worker
+    now_s: float
     equal: bool  # all active sessions cost the same
 
 
@@ -131,6 +132,7 @@ def survey(view: ClusterView, now_s: float) -> Survey:
         starting=np.flatnonzero(state == STARTING),
         active=n_active,
         waiting=waiting,
+        now_s=now_s,
         equal=equal,
     )
 
@@ -315,6 +317,7 @@ def promise(sv: Survey, view: ClusterView, row: int, source: int, target: int) -
         if view.sessions.active[row]:
             sv.active_on[target] += 1
             sv.load_on[target] += load
+            sv.slack_s[target] = min(sv.slack_s[target], view.sessions.next_deadline_s[row] - sv.now_s)
 
 
 _TABLES: dict[tuple[float, ...], Floats] = {}

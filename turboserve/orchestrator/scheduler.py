@@ -96,7 +96,7 @@ def tick(view: ClusterView, memory: Memory, now_s: float, config: TickConfig = D
         actions += residency.release_empty(view, sv)
     wake_at_s = memory.demand.next_s
     if config.brownout and view.steps_floor is not None:
-        steps, look_s, reduced = brownout.adjust(view, sv, memory.reduced)
+        steps, look_s, reduced = brownout.adjust(view, sv, now_s, memory.reduced)
         actions += steps
         if look_s is not None:
             wake_at_s = min(wake_at_s, now_s + look_s)
@@ -160,13 +160,14 @@ def _size_fleet(
     target = target_workers(expected.mean, sigma, float(profile.capacity), price, level.rho)
     unit = profile.provision_unit_workers
     target = min(view.workers_max, max(view.workers_min, -(-target // unit) * unit))
-    scale = autoscaling.remember(scale, target, now_s, autoscaling.hold_s(delay_s))
+    hold_s = autoscaling.hold_s(delay_s)
+    scale = autoscaling.remember(scale, target, now_s, hold_s)
     lowest = scale.recent[0][1]
     present = sv.ready.size + sv.starting.size
     why = f"{sv.active} active, {expected.mean:.0f}±{sigma:.0f} expected in {delay_s:g} s, target {target}"
     if target > present:
         _grow(view, sv, target - present, why, actions)
-    elif lowest < present:
+    elif lowest < present and autoscaling.may_shrink(scale, now_s, hold_s):
         _shrink(view, sv, present - lowest, why, actions)
     return replace(memory, scale=scale)
 

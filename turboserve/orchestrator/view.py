@@ -114,6 +114,7 @@ class WorkerColumns:
     profile: Ints = field(init=False)  # row in ClusterView.profiles
     request_s: Floats = field(init=False)
     ready_at_s: Floats = field(init=False)
+    busy_until_s: Floats = field(init=False)  # when the batch or pass in work is expected to end
     inbound: Flags = field(init=False)  # a transfer towards it is under way or waits for a chunk to end
     outbound: Flags = field(init=False)
 
@@ -124,6 +125,7 @@ class WorkerColumns:
             setattr(self, name, np.full(n, fill, np.int64))
         self.request_s = np.zeros(n, np.float64)
         self.ready_at_s = np.zeros(n, np.float64)
+        self.busy_until_s = np.zeros(n, np.float64)
         self.inbound = np.zeros(n, np.bool_)
         self.outbound = np.zeros(n, np.bool_)
 
@@ -319,6 +321,7 @@ def add_worker(
     w.profile[row] = profile
     w.request_s[row] = request_s
     w.ready_at_s[row] = ready_at_s
+    w.busy_until_s[row] = 0.0
     w.inbound[row] = w.outbound[row] = False
     return row
 

@@ -205,6 +205,7 @@ class Batches:
                 s.steps,
                 s.next_deadline_s,
                 s.in_chunk,
+                self.view.workers.busy_until_s,
             )
         )
 
@@ -320,18 +321,7 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _start(  # type: ignore[no-untyped-def]
-    w,
-    now,
-    session,
-    worker,
-    members,
-    in_batch,
-    totals,
-    duration_us,
-    settings,
-    steps,
-    deadline_s,
-    in_chunk,
+    w, now, session, worker, members, in_batch, totals, duration_us, settings, steps, deadline_s, in_chunk, busy_until_s
 ):
     """Worker `w` is free: one batch of what is ready, else sleep until the next release."""
     count = worker[w, MEMBERS]
@@ -413,6 +403,7 @@ def _start(  # type: ignore[no-untyped-def]
     worker[w, BATCH_N] = n
     worker[w, BUSY] = 1
     worker[w, NEXT_US] = now + length
+    busy_until_s[w] = (now + length) / US
 
 
 @njit(cache=True)
@@ -441,6 +432,7 @@ def _run(  # type: ignore[no-untyped-def]
     steps,
     deadline_s,
     in_chunk,
+    busy_until_s,
 ):
     while totals[T_HEAP] > 0:
         top = heap[0]
@@ -458,6 +450,7 @@ def _run(  # type: ignore[no-untyped-def]
                 steps,
                 deadline_s,
                 in_chunk,
+                busy_until_s,
             )
             _sift(heap, worker, totals[T_HEAP], 0)
             continue

@@ -76,8 +76,9 @@ class Run:
     rows: npt.NDArray[np.int64]  # delivered chunks, columns R_* of batches.py
     log: Log
     timeline: Timeline
-    decision_s: list[float]
+    decision_s: list[float]  # processor time of each decision: wall time would measure the neighbours too
     wall_s: float
+    cpu_s: float
 
 
 def simulate(trace: Trace, profile: LatencyProfile, policy: Policy, settings: Settings) -> Run:
@@ -135,7 +136,7 @@ class _Replay:
         self.wake_number = 0  # of the newest wake; older ones are void
 
     def run(self) -> Run:
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         self._first_workers()
         for t in self.settings.losses_s:
             self.timers.add(to_us(t), WORKER_LOST, None)
@@ -176,6 +177,7 @@ class _Replay:
             timeline=self.timeline,
             decision_s=self.decision_s,
             wall_s=time.perf_counter() - began,
+            cpu_s=time.process_time() - began_cpu,
         )
 
     def _first_workers(self) -> None:
@@ -261,9 +263,9 @@ class _Replay:
         observed.reduced_chunks, observed.late_chunks = int(totals[T_REDUCED]), int(totals[T_LATE])
         now_s = now_us / US
         for _ in range(1000):
-            began = time.perf_counter()
+            began = time.thread_time()
             plan = self.policy.decide(self.view, now_s)
-            self.decision_s.append(time.perf_counter() - began)
+            self.decision_s.append(time.thread_time() - began)
             again = self.cluster.apply(plan, now_s)
             for row in self.cluster.ended_by_shedding:
                 if self.view.sessions.state[row] != GONE and self.view.sessions.active[row]:

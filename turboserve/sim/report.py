@@ -176,6 +176,7 @@ def timing(run: Run) -> dict[str, Any]:
     d = np.sort(np.array(run.decision_s)) if run.decision_s else np.zeros(1)
     return {
         "wall_s": run.wall_s,
+        "cpu_s": run.cpu_s,
         "decisions": len(run.decision_s),
         "decision_s": {
             "total": float(d.sum()),
@@ -184,7 +185,7 @@ def timing(run: Run) -> dict[str, Any]:
             "p99": float(np.quantile(d, 0.99)),
             "max": float(d[-1]),
         },
-        "chunks_per_s": len(run.rows) / run.wall_s if run.wall_s else None,
+        "chunks_per_cpu_s": len(run.rows) / run.cpu_s if run.cpu_s else None,
     }
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from turboserve.errors import Overloaded, ProtocolError
-from turboserve.orchestrator import plan as plans
-from turboserve.orchestrator import view as views
 from turboserve.orchestrator.latency import LatencyProfile
+from turboserve.orchestrator.plan import Plan
+from turboserve.orchestrator.scheduler import Memory, TickConfig, tick
+from turboserve.orchestrator.view import ClusterView
 from turboserve.runtime import channel, lifeline, logs
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import GATEWAY, Drop, Effect, Send
@@ -51,26 +52,13 @@ def live_profile(config: ControllerConfig) -> LatencyProfile:
     )
 
 
-def place_on_fewest(view: views.ClusterView, memory: object, now_s: float) -> tuple[plans.Plan, object]:
-    """Each new session to the ready worker that holds the fewest, while it has a slot; the rest wait.
+LIVE_TICK = TickConfig(migrate=False, scale=False)
+"""What this fleet can carry out so far: sessions stay on the worker they were placed on, and the fleet is fixed."""
 
-    Stands in until `orchestrator.scheduler.tick` is there.
-    """
-    workers, sessions = view.workers, view.sessions
-    ready = [row for row in range(workers.count) if workers.state[row] == views.READY]
-    held = {row: int((sessions.worker[: sessions.count] == row).sum()) for row in ready}
-    actions: list[plans.Action] = []
-    for row in range(sessions.count):
-        if sessions.state[row] != views.NEW:
-            continue
-        roomy = [one for one in ready if held[one] < view.profile.resident_max]
-        if roomy:
-            best = min(roomy, key=lambda one: (held[one], workers.ids[one]))
-            held[best] += 1
-            actions.append(plans.Place(sessions.ids[row], workers.ids[best], f"holds the fewest ({held[best] - 1})"))
-        else:
-            actions.append(plans.Queue(sessions.ids[row], "no worker has a free slot"))
-    return plans.Plan(tuple(actions)), memory
+
+def decide(view: ClusterView, memory: Memory, now_s: float) -> tuple[Plan, Memory]:
+    """The simulator's tick, with what the live fleet can carry out."""
+    return tick(view, memory, now_s, LIVE_TICK)
 
 
 class ControlLoop:
@@ -82,12 +70,14 @@ class ControlLoop:
         self._directory = Directory(Path(config.data_dir) / "directory.sqlite")
         self._logic = ControllerLogic(
             self._directory,
-            place_on_fewest,
+            decide,
             live_profile(config),
             lease_s=config.lease_s,
             queue_max=config.queue_max,
             queue_age_max_s=config.queue_age_max_s,
             steps_floor=config.steps_floor,
+            workers=config.workers,
+            memory=Memory(),
         )
         self._channels: dict[str, channel.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()

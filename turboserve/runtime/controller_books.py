@@ -87,11 +87,15 @@ class ControllerBooks:
         queue_max: int = 64,
         queue_age_max_s: float = 120.0,
         steps_floor: int | None = None,
+        workers: int = 1,
+        memory: Any = None,
     ) -> None:
         self._store = store
         self._decide = decide
-        self._memory: Any = None
-        self.view = views.make_view((profile,), steps_floor=steps_floor)
+        self._memory = memory
+        self._not_carried_out: dict[str, None] = {}
+        # A fixed fleet: the launcher keeps it up, the scheduler neither adds nor removes.
+        self.view = views.make_view((profile,), workers_min=workers, workers_max=workers, steps_floor=steps_floor)
         self.lease_s = lease_s
         self.queue_max = queue_max
         self.queue_age_max_s = queue_age_max_s

@@ -21,6 +21,7 @@ class ControllerConfig:
     chunk_target_s: float = 1.0
     capacity: int = 4
     slots: int = 16
+    workers: int = 1
     denoise_steps: int = 4
     parent_fd: int = -1
     queue_max: int = 64

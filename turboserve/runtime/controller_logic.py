@@ -17,7 +17,16 @@ from turboserve.errors import Conflict
 from turboserve.orchestrator import plan as plans
 from turboserve.orchestrator import view as views
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, ControllerBooks, Drop, Effect, Live, Send, Worker
+from turboserve.runtime.controller_books import (
+    DECISIONS_KEPT,
+    GATEWAY,
+    ControllerBooks,
+    Drop,
+    Effect,
+    Live,
+    Send,
+    Worker,
+)
 from turboserve.session import SessionRecord, SessionState, public_state
 
 STRIKES_MAX = 3
@@ -330,12 +339,18 @@ class ControllerLogic(ControllerBooks):
                 live = self.sessions.get(action.session)
                 if live is not None:
                     self.view.sessions.steps[live.row] = action.steps
+                    self._out.append(Send(GATEWAY, m.SetSteps(session_id=action.session, steps=action.steps)))
                     self._note(now_s, "set_steps", session=action.session, reason=action.reason)
             elif isinstance(action, plans.Queue):
                 self._note(now_s, "queue", session=action.session, reason=action.reason)
             else:
-                # Said, not hidden: what this fleet cannot carry out yet stands in the decision log.
-                self._note(now_s, "not_carried_out", reason=f"{type(action).__name__}: {action.reason}")
+                # Said once, not hidden: what this fleet cannot carry out stands in the decision log.
+                line = f"{type(action).__name__}: {action.reason}"
+                if line not in self._not_carried_out:
+                    self._not_carried_out[line] = None
+                    self._note(now_s, "not_carried_out", reason=line)
+                    while len(self._not_carried_out) > DECISIONS_KEPT:
+                        del self._not_carried_out[next(iter(self._not_carried_out))]
         self._tell_queue()
 
     def _place(self, action: plans.Place, now_s: float) -> None:

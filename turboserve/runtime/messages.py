@@ -319,6 +319,13 @@ class SessionState(Message, frozen=True, kw_only=True):
     next_index: int = -1
 
 
+class SetSteps(Message, frozen=True, kw_only=True):
+    """From its next unbound chunk on the session is made with `steps` denoise steps."""
+
+    session_id: SessionId
+    steps: Annotated[int, msgspec.Meta(ge=1, le=64)]
+
+
 class ClusterSnapshot(Message, frozen=True, kw_only=True):
     """What GET /v1/cluster shows, as JSON text; at most four a second."""
 
@@ -361,6 +368,7 @@ AnyMessage = (
     | WorkerChanged
     | SessionPlaced
     | SessionState
+    | SetSteps
     | ClusterSnapshot
     | Failure
 )

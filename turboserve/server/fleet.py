@@ -119,6 +119,7 @@ class Fleet:
             chunk_target_s=options.chunk_target_s or spec.chunk_s,
             capacity=options.capacity,
             slots=options.slots,
+            workers=options.workers,
             denoise_steps=spec.denoise_steps,
             parent_fd=self._launcher.parent_fd,
             steps_floor=options.steps_floor,

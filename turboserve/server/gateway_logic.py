@@ -299,6 +299,9 @@ class GatewayLogic:
                     return self._finish(session, now_s)
             case messages.WorkerChanged():
                 return self._worker_changed(message, now_s)
+            case messages.SetSteps():
+                if (session := self.sessions.get(message.session_id)) is not None:
+                    session.steps = message.steps
             case messages.ClusterSnapshot():
                 self.cluster = json.loads(message.body)
             case _:

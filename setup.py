@@ -58,7 +58,10 @@ def native_extensions() -> list[Extension]:
 
 setup(
     # bench/ stands at the top of the tree and is installed as turboserve.bench.
-    packages=[*find_packages(include=["turboserve", "turboserve.*"]), "turboserve.bench"],
+    packages=[
+        *find_packages(include=["turboserve", "turboserve.*"]),
+        *(f"turboserve.{name}" for name in find_packages(include=["bench", "bench.*"])),
+    ],
     package_dir={"turboserve.bench": "bench"},
     ext_modules=native_extensions(),
     cmdclass={"build_ext": BuildOrGoWithout},

@@ -1,7 +1,6 @@
 // Python's view of csrc/: turboserve._native. No PyTorch headers, no CUDA; payloads are anything with a buffer.
 #include <pybind11/pybind11.h>
 
-#include <atomic>
 #include <memory>
 
 #include "frame_ring.h"
@@ -34,26 +33,31 @@ class BufferView {
   Py_buffer view_{};
 };
 
-// One end of a ring, held by one thread at a time: copies run without the interpreter lock, so a second thread
-// could otherwise push into the same place or unmap the memory under a copy.
+// One end of a ring, used by one thread at a time: copies run without the interpreter lock, so a second thread
+// could otherwise push into the same place or unmap the memory under a copy. All else here runs under that lock,
+// which is why plain reads need no turn and `close` may leave the unmapping to whoever has the turn.
 template <typename End>
 class Held {
  public:
   template <typename... Args>
   explicit Held(int fd, Args... args) : end_(std::make_unique<End>(std::make_shared<Mapping>(fd), args...)) {}
 
+  const End& end() const {
+    if (!end_ || closing_) throw RingError("Conflict", "frame ring: this end is closed");
+    return *end_;
+  }
+
   class Turn {
    public:
     explicit Turn(Held& held) : held_(held) {
-      if (held_.busy_.exchange(true, std::memory_order_acquire)) {
-        throw RingError("Conflict", "frame ring: two threads use one end at a time; expected one");
-      }
-      if (!held_.end_) {
-        held_.busy_.store(false, std::memory_order_release);
-        throw RingError("Conflict", "frame ring: this end is closed");
-      }
+      held_.end();
+      if (held_.busy_) throw RingError("Conflict", "frame ring: two threads use one end at a time; expected one");
+      held_.busy_ = true;
     }
-    ~Turn() { held_.busy_.store(false, std::memory_order_release); }
+    ~Turn() {
+      held_.busy_ = false;
+      if (held_.closing_) held_.end_.reset();
+    }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
     End& operator*() const { return *held_.end_; }
@@ -64,16 +68,14 @@ class Held {
   };
 
   void close() {
-    if (busy_.exchange(true, std::memory_order_acquire)) {
-      throw RingError("Conflict", "frame ring: closed while another thread uses it");
-    }
-    end_.reset();
-    busy_.store(false, std::memory_order_release);
+    closing_ = true;
+    if (!busy_) end_.reset();
   }
 
  private:
   std::unique_ptr<End> end_;
-  std::atomic<bool> busy_{false};
+  bool busy_ = false;
+  bool closing_ = false;
 };
 
 using Producer = Held<turboserve::RingProducer>;
@@ -153,16 +155,16 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<int, std::uint64_t>(), py::arg("fd"), py::arg("worker_epoch"))
       .def("push", &push, py::arg("header"), py::arg("payload"))
       .def("close", &Producer::close)
-      .def_property_readonly("worker_epoch", [](Producer& self) { return (*Producer::Turn(self)).worker_epoch(); })
-      .def_property_readonly("capacity_bytes", [](Producer& self) { return (*Producer::Turn(self)).capacity(); })
-      .def_property_readonly("used_bytes", [](Producer& self) { return (*Producer::Turn(self)).used(); });
+      .def_property_readonly("worker_epoch", [](const Producer& self) { return self.end().worker_epoch(); })
+      .def_property_readonly("capacity_bytes", [](const Producer& self) { return self.end().capacity(); })
+      .def_property_readonly("used_bytes", [](const Producer& self) { return self.end().used_now(); });
   py::class_<Consumer>(module, "RingConsumer")
       .def(py::init<int>(), py::arg("fd"))
       .def("peek", &peek)
       .def("pop", &pop)
       .def("pop_into", &pop_into, py::arg("target"))
-      .def("discard", [](Consumer& self) { return (*Consumer::Turn(self)).discard(); })
+      .def("discard", [](Consumer& self) { return Consumer::Turn(self)->discard(); })
       .def("close", &Consumer::close)
-      .def_property_readonly("capacity_bytes", [](Consumer& self) { return (*Consumer::Turn(self)).capacity(); })
-      .def_property_readonly("used_bytes", [](Consumer& self) { return (*Consumer::Turn(self)).used(); });
+      .def_property_readonly("capacity_bytes", [](const Consumer& self) { return self.end().capacity(); })
+      .def_property_readonly("used_bytes", [](const Consumer& self) { return self.end().used_now(); });
 }

@@ -144,6 +144,11 @@ std::uint64_t Mapping::used(std::uint64_t head, std::uint64_t tail) const {
   return bytes;
 }
 
+std::uint64_t Mapping::used_now() const {
+  const std::uint64_t tail = control().tail.load(std::memory_order_acquire);  // first, so that head is not behind it
+  return std::min(control().head.load(std::memory_order_acquire) - tail, capacity_);
+}
+
 RingProducer::RingProducer(std::shared_ptr<Mapping> mapping, std::uint64_t worker_epoch)
     : mapping_(std::move(mapping)), worker_epoch_(worker_epoch) {
   RingControl& control = mapping_->control();
@@ -194,31 +199,27 @@ bool RingProducer::push(const void* header, const void* payload, std::uint64_t p
   return true;
 }
 
-std::uint64_t RingProducer::used() const {
-  return mapping_->used(head_, mapping_->control().tail.load(std::memory_order_acquire));
-}
-
 RingConsumer::RingConsumer(std::shared_ptr<Mapping> mapping) : mapping_(std::move(mapping)) {
   tail_ = mapping_->control().tail.load(std::memory_order_acquire);
-  used();
+  available();
 }
 
-std::uint64_t RingConsumer::used() const {
+std::uint64_t RingConsumer::available() const {
   return mapping_->used(mapping_->control().head.load(std::memory_order_acquire), tail_);
 }
 
 std::optional<RecordHeader> RingConsumer::peek() const {
-  const std::uint64_t available = used();
-  if (available == 0) return std::nullopt;
+  const std::uint64_t committed = available();
+  if (committed == 0) return std::nullopt;
   RecordHeader header;
-  if (available < sizeof header) fail_corrupt("less than a header is left before the head");
+  if (committed < sizeof header) fail_corrupt("less than a header is left before the head");
   mapping_->copy_out(tail_, &header, sizeof header);
   if (header.magic != kRecordMagic || header.header_crc != crc32(&header, offsetof(RecordHeader, header_crc))) {
     fail_corrupt("the record header at " + std::to_string(tail_) + " does not verify");
   }
   if (header.version != kLayoutVersion) fail_corrupt("record version " + std::to_string(header.version));
   if (header.position != tail_) fail_corrupt("the record at " + std::to_string(tail_) + " is of another lap");
-  if (header.payload_bytes > available || record_bytes(header.payload_bytes) > available) {
+  if (header.payload_bytes > committed || record_bytes(header.payload_bytes) > committed) {
     fail_corrupt("a record of " + std::to_string(header.payload_bytes) + " B reaches past the head");
   }
   return header;

@@ -93,6 +93,8 @@ class Mapping {
   void copy_out(std::uint64_t position, void* target, std::uint64_t bytes) const;
   // Bytes between tail and head; throws when the two cannot both be true.
   std::uint64_t used(std::uint64_t head, std::uint64_t tail) const;
+  // The same for an onlooker of a ring in motion, whose two readings are of two moments: bounded, never an error.
+  std::uint64_t used_now() const;
 
  private:
   unsigned char* data() const { return static_cast<unsigned char*>(base_) + kControlBytes; }
@@ -106,7 +108,7 @@ class RingProducer {
   RingProducer(std::shared_ptr<Mapping> mapping, std::uint64_t worker_epoch);
   // False when the ring has no room now. `header` is 192 bytes; position and checksum are filled in here.
   bool push(const void* header, const void* payload, std::uint64_t payload_bytes);
-  std::uint64_t used() const;
+  std::uint64_t used_now() const { return mapping_->used_now(); }
   std::uint64_t capacity() const { return mapping_->capacity(); }
   std::uint64_t worker_epoch() const { return worker_epoch_; }
 
@@ -126,10 +128,11 @@ class RingConsumer {
   void take(const RecordHeader& header, void* payload);
   // Forgets everything unread and returns its bytes: the way on after a corrupt record, whose length means nothing.
   std::uint64_t discard();
-  std::uint64_t used() const;
+  std::uint64_t used_now() const { return mapping_->used_now(); }
   std::uint64_t capacity() const { return mapping_->capacity(); }
 
  private:
+  std::uint64_t available() const;  // committed and not taken
   std::shared_ptr<Mapping> mapping_;
   std::uint64_t tail_;
 };

@@ -64,7 +64,7 @@ void consume(const std::shared_ptr<Mapping>& mapping, std::uint64_t records) {
     require(taken == expected, "wrong bytes");
     if (index % 700 == 699) consumer = std::make_unique<RingConsumer>(mapping);
   }
-  require(consumer->used() == 0, "bytes left over");
+  require(consumer->used_now() == 0, "bytes left over");
 }
 
 // Random bytes over the whole memory, counters included: every answer is a typed error or a record that verifies.

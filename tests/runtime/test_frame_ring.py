@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 import zlib
 from collections import deque
 from contextlib import contextmanager
@@ -338,6 +339,43 @@ def test_a_closed_end_says_so(twin):
             producer.push(*chunk(0))
         with pytest.raises(Conflict, match="closed"):
             consumer.pop()
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_onlookers_may_read_and_close_while_another_thread_copies(twin):
+    """A metrics reader sees a bounded figure, and a close in mid-copy lets the copy end before it unmaps."""
+    header, pixels = chunk(0, (1, 500, 2000))
+    fd = create(8 << 20, implementation=twin)
+    producer = attach_producer(fd, worker_epoch=1, implementation=twin)
+    consumer = attach_consumer(fd, implementation=twin)
+    failures: list[BaseException] = []
+
+    def run(act) -> None:
+        try:
+            while True:
+                act()
+        except Conflict as error:
+            if "closed" not in str(error):
+                failures.append(error)
+        except BaseException as error:
+            failures.append(error)
+
+    acts = (lambda: producer.push(header, pixels), lambda: consumer.pop(verify=False))
+    threads = [threading.Thread(target=run, args=(act,), daemon=True) for act in acts]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        assert 0 <= producer.used_bytes <= 8 << 20
+        assert 0 <= consumer.free_bytes <= 8 << 20
+        time.sleep(0.0003)
+    producer.close()
+    consumer.close()
+    for thread in threads:
+        thread.join(30)
+    assert not failures and not any(thread.is_alive() for thread in threads)
+    with pytest.raises(Conflict, match="closed"):
+        _ = consumer.used_bytes
+    os.close(fd)
 
 
 def test_twins_write_the_same_bytes():

@@ -99,30 +99,39 @@ class _Memory:
         self._words = self._bytes[:CONTROL_BYTES].cast("Q")
         self._data = self._bytes[CONTROL_BYTES:]
         self._turn = threading.Lock()
-        self._closed = False
+        self._closing = False
 
     @contextmanager
     def turn(self) -> Iterator[None]:
+        if self._closing:
+            raise Conflict("frame ring: this end is closed")
         if not self._turn.acquire(blocking=False):
             raise Conflict("frame ring: two threads use one end at a time", expected="one")
         try:
-            if self._closed:
-                raise Conflict("frame ring: this end is closed")
             yield
         finally:
             self._turn.release()
+            if self._closing:
+                self._unmap()
 
     def close(self) -> None:
-        if not self._turn.acquire(blocking=False):
-            raise Conflict("frame ring: closed while another thread uses it")
+        """Unmaps the memory, or leaves that to the thread whose turn it is."""
+        self._closing = True
+        self._unmap()
+
+    def _unmap(self) -> None:
+        if self._turn.acquire(blocking=False):  # and kept: there is no turn after this one
+            for view in (self._data, self._words, self._bytes):
+                view.release()
+            self._mmap.close()
+
+    def used_now(self) -> int:
+        """Bytes in use, for an onlooker of a ring in motion: bounded, never an error but for a closed end."""
         try:
-            if not self._closed:
-                self._closed = True
-                for view in (self._data, self._words, self._bytes):
-                    view.release()
-                self._mmap.close()
-        finally:
-            self._turn.release()
+            tail = self._words[_TAIL]  # first, so that head is not behind it
+            return min(self._words[_HEAD] - tail, self.capacity)
+        except ValueError:
+            raise Conflict("frame ring: this end is closed") from None
 
     def load(self, word: int) -> int:
         return self._words[word]
@@ -182,8 +191,7 @@ class RingProducer:
 
     @property
     def used_bytes(self) -> int:
-        with self._memory.turn():
-            return self._memory.used(self._head, self._memory.load(_TAIL))
+        return self._memory.used_now()
 
     def _check_not_fenced(self) -> None:
         current = self._memory.load(_PRODUCER_EPOCH)
@@ -241,8 +249,7 @@ class RingConsumer:
 
     @property
     def used_bytes(self) -> int:
-        with self._memory.turn():
-            return self._memory.used(self._memory.load(_HEAD), self._tail)
+        return self._memory.used_now()
 
     def _peek(self) -> tuple[bytes, int] | None:
         """The next record's checked header and its payload bytes."""

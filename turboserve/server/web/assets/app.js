@@ -11,6 +11,7 @@ import { Tour } from "./tour.js";
 
 const TILES_MAX = 8;
 const HIDDEN_PAUSE_MS = 20_000;
+const TOUR_PATIENCE_MS = 4000;
 
 const grid = /** @type {HTMLElement} */ (document.getElementById("tiles"));
 const promptBox = /** @type {HTMLInputElement} */ (document.getElementById("prompt"));
@@ -52,9 +53,12 @@ function makeTile(prompt, options) {
   const tile = new Tile(prompt, options, tileEvents);
   tile.stream.addEventListener("opened", () => showServing(tile));
   tile.stream.addEventListener("change", () => {
-    // A tour stream that finds no room is not worth a viewer's attention.
-    if (tile.tour && (tile.stream.status === Status.FAILED || tile.stream.status === Status.QUEUED)) tourTileHasNoRoom(tile);
+    // A tour stream that finds no room is not worth a viewer's attention. A moment in the queue is usual.
+    if (tile.tour && tile.stream.status === Status.FAILED) tourTileHasNoRoom(tile);
   });
+  if (options.tour) {
+    window.setTimeout(() => tile.tour && tile.stream.status === Status.QUEUED && tourTileHasNoRoom(tile), TOUR_PATIENCE_MS);
+  }
   return tile;
 }
 
@@ -69,13 +73,15 @@ function removeTile(tile) {
 function tourTileHasNoRoom(tile) {
   if (!tiles.includes(tile)) return;
   const { error } = tile.stream;
-  if (tiles.length === 1 && error) {
-    const words = explain(error.code, error.message, error.hint);
-    setHint(`${words.title}. ${words.advice}`);
-  }
   // Not from within the stream's own event.
   queueMicrotask(() => {
-    if (tiles.includes(tile)) removeTile(tile);
+    if (!tiles.includes(tile)) return;
+    if (tiles.length > 1) return removeTile(tile);
+    endTour();
+    removeTile(tile);
+    const words = error && explain(error.code, error.message, error.hint);
+    setHint(words ? `${words.title}. ${words.advice}` : "All places are taken just now. Type a scene: it starts as soon as there is room.");
+    return undefined;
   });
 }
 

@@ -58,12 +58,12 @@ function stateCounts(sessions) {
     .map((name) => element("li", [element("b", String(sessions[name])), name], { "data-state": name }));
 }
 
-/** @param {any} decision */
-function decisionRow(decision) {
+/** @param {any} decision @param {number} newestS */
+function decisionRow(decision, newestS) {
   const { time_s: time, event, kind, worker, source, session, reason } = decision;
   const where = [source, worker].filter(Boolean).join(" → ");
   return element("tr", [
-    element("td", typeof time === "number" ? when(time) : "", { class: "time" }),
+    element("td", typeof time === "number" ? when(time, newestS) : "", { class: "time" }),
     element("td", event ?? kind ?? ""),
     element("td", session ? session.slice(0, 8) : "", { class: "id", title: session ?? "" }),
     element("td", where),
@@ -71,10 +71,16 @@ function decisionRow(decision) {
   ]);
 }
 
-/** Wall clock times are written as such; a server may also count from its start. @param {number} seconds */
-function when(seconds) {
+/**
+ * Wall clock times are written as such. A server may count on a clock of its own; then what matters is
+ * how long before the newest decision it was.
+ * @param {number} seconds @param {number} newestS
+ */
+function when(seconds, newestS) {
   if (seconds > 1e9) return new Date(seconds * 1000).toLocaleTimeString();
-  return `${seconds.toFixed(1)} s`;
+  const before = newestS - seconds;
+  if (before < 0.05) return "newest";
+  return before < 60 ? `${before.toFixed(1)} s before` : `${Math.floor(before / 60)} min ${Math.round(before % 60)} s before`;
 }
 
 /** @param {any} cluster */
@@ -85,7 +91,7 @@ function draw(cluster) {
   at("sessions").replaceChildren(...stateCounts(cluster.sessions ?? {}));
   const decisions = [...(cluster.decisions ?? [])];
   const newestFirst = decisions.sort((a, b) => (b.time_s ?? 0) - (a.time_s ?? 0)).slice(0, 100);
-  at("decisions").replaceChildren(...newestFirst.map(decisionRow));
+  at("decisions").replaceChildren(...newestFirst.map((decision) => decisionRow(decision, newestFirst[0].time_s ?? 0)));
   at("decisions-none").hidden = decisions.length > 0;
 }
 

@@ -51,7 +51,11 @@ export class Player {
     if (header.format !== this.format) this.#useFormat(header.format);
     this.arriving.set(header.index, header);
     if (this.arriving.size > 16) this.arriving.delete(/** @type {number} */ (this.arriving.keys().next().value));
-    this.decoder?.decode(header, splitUnits(payload));
+    try {
+      this.decoder?.decode(header, splitUnits(payload));
+    } catch (error) {
+      this.#failed(/** @type {Error} */ (error)); // a payload that is cut off
+    }
   }
 
   hold() {
@@ -82,11 +86,14 @@ export class Player {
     const Decoder = format === "h264" ? H264Decoder : JpegDecoder;
     this.decoder = new Decoder(
       (frame) => this.#decoded(frame),
-      (error) => {
-        this.failuresInARow += 1;
-        this.events.broken(error, this.failuresInARow);
-      },
+      (error) => this.#failed(error),
     );
+  }
+
+  /** @param {Error} error */
+  #failed(error) {
+    this.failuresInARow += 1;
+    this.events.broken(error, this.failuresInARow);
   }
 
   /** @param {import("./decoder.js").Frame} frame */

@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ LAUNCH_ARGS = [
     "--disable-sync",
     "--autoplay-policy=no-user-gesture-required",
 ]
+# Upper bound of every wait: a busy machine with two cores makes video slower than it plays.
+PATIENCE_S = 45.0
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -145,14 +148,14 @@ class Watcher:
         self.page.press("#prompt", "Enter")
         self.wait_playing()
 
-    def wait_playing(self, count: int = 1, timeout_s: float = 20) -> None:
+    def wait_playing(self, count: int = 1, timeout_s: float = PATIENCE_S) -> None:
         self.page.wait_for_function(
             "count => document.querySelectorAll('.tile[data-status=playing]').length >= count",
             arg=count,
             timeout=timeout_s * 1000,
         )
 
-    def wait_status(self, status: str, timeout_s: float = 15) -> None:
+    def wait_status(self, status: str, timeout_s: float = PATIENCE_S) -> None:
         self.page.wait_for_selector(f".tile[data-status={status}]", timeout=timeout_s * 1000)
 
     def steer(self, prompt: str, tile: int = 0) -> None:
@@ -171,7 +174,7 @@ class Watcher:
         }"""
         return list(self.page.evaluate(script, tile))
 
-    def wait_moving(self, tile: int = 0, timeout_s: float = 5) -> None:
+    def wait_moving(self, tile: int = 0, timeout_s: float = PATIENCE_S) -> None:
         """Until the picture has changed three times."""
         script = """async ([n, timeout]) => {
           const canvas = document.querySelectorAll('.tile canvas')[n];
@@ -190,10 +193,28 @@ class Watcher:
         changes = self.page.evaluate(script, [tile, timeout_s * 1000])
         assert changes >= 3, f"the picture of tile {tile} changed only {changes} times in {timeout_s} s"
 
+    def wait_quiet(self, seconds: float = 1.5) -> int:
+        """Until no chunk has come for a while; answers how many came in all."""
+        count, since_s = len(self.wire()["chunks"]), time.monotonic()
+        while time.monotonic() - since_s < seconds:
+            self.page.wait_for_timeout(100)
+            now = len(self.wire()["chunks"])
+            if now != count:
+                count, since_s = now, time.monotonic()
+        return count
+
+    def details(self, name: str, tile: int = 0) -> str:
+        """A figure from a tile's details, once it is there."""
+        more = self.page.locator(".tile").nth(tile).locator(".more")
+        if more.get_attribute("open") is None:
+            more.locator("summary").click()
+        place = more.locator(f"[data-figure={name}]:not(:text-is('–'))")
+        return place.inner_text(timeout=1000 * PATIENCE_S)
+
     def wire(self) -> dict[str, Any]:
         return dict(self.page.evaluate("window.wire"))
 
-    def wait_shown(self, index: int, tile: int = 0, timeout_s: float = 15) -> None:
+    def wait_shown(self, index: int, tile: int = 0, timeout_s: float = PATIENCE_S) -> None:
         """Until the picture has reached a chunk, by the strip below it."""
         script = """([n, index]) => {
           const bar = document.querySelectorAll('.tile')[n].querySelector('.strip .playing');

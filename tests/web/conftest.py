@@ -20,7 +20,7 @@ from playwright.sync_api import Browser
 
 from .browser import WIRE_TAP, Watcher, chromium
 
-READY_S = 60
+READY_S = 100
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .browser import Cable
+from .browser import PATIENCE_S, Cable
 from .conftest import OpenPage, Server, serving
 
 pytestmark = pytest.mark.browser
@@ -25,10 +25,10 @@ def read(server: Server, path: str) -> dict[str, Any]:
 
 def test_a_first_visit_shows_four_moving_streams_that_take_turns(server: Server, open_page: OpenPage) -> None:
     watcher = open_page(server.url, tour=True)
-    watcher.wait_playing(count=4, timeout_s=30)
+    watcher.wait_playing(count=4)
     for tile in range(4):
-        watcher.wait_moving(tile, timeout_s=10)
-    watcher.page.wait_for_selector(".tile .moment:not([hidden])", timeout=20_000)
+        watcher.wait_moving(tile)
+    watcher.page.wait_for_selector(".tile .moment:not([hidden])", timeout=1000 * PATIENCE_S)
     assert watcher.page.is_visible("#prompt")
     # Taking one over ends the other three.
     watcher.page.locator(".adopt").nth(1).click()
@@ -41,21 +41,15 @@ def test_four_streams_side_by_side(server: Server, open_page: OpenPage) -> None:
     watcher = open_page(server.url)
     watcher.page.fill("#prompt", "two small red circles drifting left over a dark blue sky")
     watcher.page.click("#open-four")
-    watcher.wait_playing(count=4, timeout_s=30)
+    watcher.wait_playing(count=4)
     for tile in range(4):
-        watcher.wait_moving(tile, timeout_s=10)
+        watcher.wait_moving(tile)
     boxes = [watcher.page.locator(".tile").nth(tile).bounding_box() for tile in range(4)]
     assert len({round(box["y"]) for box in boxes if box}) == 1, "all four stand in one row"
-    seeds = watcher.page.evaluate(
-        "[...document.querySelectorAll('.more')].map((more) => { more.open = true; return 0; }).length"
-    )
-    assert seeds == 4
-    watcher.page.wait_for_timeout(700)
-    shown = watcher.page.locator("[data-figure=seed]").all_inner_texts()
-    assert len(set(shown)) == 4
+    assert len({watcher.details("seed", tile) for tile in range(4)}) == 4
     # One of them is steered; its neighbours keep their words.
     watcher.steer("two green squares bouncing over dark purple", tile=2)
-    watcher.page.locator(".tile").nth(2).locator(".moment:not([hidden])").wait_for(timeout=10_000)
+    watcher.page.locator(".tile").nth(2).locator(".moment:not([hidden])").wait_for(timeout=1000 * PATIENCE_S)
     captions = watcher.page.locator(".tile .caption").all_inner_texts()
     assert [caption.startswith("two green") for caption in captions] == [False, False, True, False]
 
@@ -69,8 +63,7 @@ def test_a_phone_never_scrolls_sideways(server: Server, open_page: OpenPage, wid
     watcher.start("two yellow stars drifting left over averylongwordthatnobodywouldeverbreakbyhand " * 2)
     watcher.wait_shown(1)
     assert watcher.page.evaluate(narrow)
-    watcher.page.locator(".more summary").click()
-    watcher.page.wait_for_timeout(600)
+    assert watcher.details("session")
     assert watcher.page.evaluate(narrow)
     # Every pixel of the model is a whole number of the screen's.
     factor = watcher.page.evaluate(
@@ -90,7 +83,7 @@ def test_everything_can_be_done_from_the_keyboard(server: Server, open_page: Ope
     assert watcher.page.evaluate("document.activeElement.matches('.steer input')"), "focus is where steering happens"
     keyboard.type("one large yellow circle moving right on a black background")
     keyboard.press("Enter")
-    watcher.page.wait_for_selector(".moment:not([hidden])", timeout=8000)
+    watcher.page.wait_for_selector(".moment:not([hidden])", timeout=1000 * PATIENCE_S)
 
     def tab_to(action: str) -> None:
         for _ in range(12):
@@ -143,9 +136,7 @@ def test_a_lost_connection_goes_on_at_exactly_the_next_chunk(cable: Cable, open_
     assert indices == list(range(len(indices))), "each chunk once, in order, over three connections"
     for before, after in itertools.pairwise(chunks):
         assert after["digest_prev"] == before["digest"]
-    watcher.page.locator(".more summary").click()
-    watcher.page.wait_for_timeout(700)
-    assert "unbroken" in watcher.page.inner_text("[data-figure=chain]")
+    assert "unbroken" in watcher.details("chain")
 
 
 def test_leaving_the_page_ends_its_sessions(server: Server, open_page: OpenPage) -> None:
@@ -154,7 +145,7 @@ def test_leaving_the_page_ends_its_sessions(server: Server, open_page: OpenPage)
     session = watcher.page.get_attribute(".tile", "data-session")
     assert read(server, f"v1/sessions/{session}")["state"] == "active"
     watcher.page.goto("about:blank")
-    for _ in range(50):
+    for _ in range(100):
         if read(server, f"v1/sessions/{session}")["state"] == "closed":
             return
         watcher.page.wait_for_timeout(100)
@@ -166,8 +157,10 @@ def test_the_operations_page_shows_workers_and_decisions(server: Server, open_pa
     watcher.start("a pink ring growing on grey")
     ops = watcher.page.context.new_page()
     ops.goto(server.url + "ops")
-    ops.wait_for_selector(".worker[data-state=ready]", timeout=10_000)
-    ops.wait_for_function("Number(document.querySelector('[data-state=active] b').textContent) >= 1", timeout=10_000)
+    ops.wait_for_selector(".worker[data-state=ready]", timeout=1000 * PATIENCE_S)
+    ops.wait_for_function(
+        "Number(document.querySelector('[data-state=active] b').textContent) >= 1", timeout=1000 * PATIENCE_S
+    )
     assert ops.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     ops.close()
 
@@ -183,7 +176,7 @@ def test_theme_and_motion_follow_the_viewer(server: Server, open_page: OpenPage)
     assert watcher.page.evaluate(background) == light, "the choice is kept"
     watcher.start("a pink ring growing on grey")
     watcher.steer("a blue ring growing on grey")
-    watcher.page.wait_for_selector(".moment:not([hidden])", timeout=8000)
+    watcher.page.wait_for_selector(".moment:not([hidden])", timeout=1000 * PATIENCE_S)
     assert watcher.page.evaluate("getComputedStyle(document.querySelector('.moment')).animationName") == "none"
 
 
@@ -211,5 +204,5 @@ def test_a_full_server_shows_the_place_in_the_queue(
         watcher.wait_status("queued")
         assert watcher.page.inner_text(".tile[data-status=queued] .veil-title") == "Number 1 in the queue"
         watcher.page.locator(".tile[data-status=playing] [data-action=stop]").click()
-        watcher.page.wait_for_selector(".tile[data-status=playing] .caption:has-text('red')", timeout=15_000)
+        watcher.page.wait_for_selector(".tile[data-status=playing] .caption:has-text('red')", timeout=1000 * PATIENCE_S)
         watcher.wait_moving(0)

@@ -11,7 +11,7 @@ import time
 import av
 import pytest
 
-from .browser import Watcher
+from .browser import PATIENCE_S, Watcher
 from .colours import vivid_shares
 from .conftest import OpenPage, Server
 
@@ -27,7 +27,7 @@ PLAY = """async (data) => {
 }"""
 
 
-def wait_colour(watcher: Watcher, colour: str, timeout_s: float = 8) -> dict[str, float]:
+def wait_colour(watcher: Watcher, colour: str, timeout_s: float = PATIENCE_S) -> dict[str, float]:
     """Until the colour is the one vivid colour of the picture."""
     end_s = time.monotonic() + timeout_s
     while True:
@@ -40,9 +40,7 @@ def wait_colour(watcher: Watcher, colour: str, timeout_s: float = 8) -> dict[str
 
 def test_video_advances_and_shows_what_was_asked(server: Server, open_page: OpenPage) -> None:
     watcher = open_page(server.url)
-    began_s = time.monotonic()
     watcher.start("one large yellow circle drifting right on a black background")
-    assert time.monotonic() - began_s < 10
     watcher.wait_moving()
     wait_colour(watcher, "yellow")
     assert watcher.page.inner_text(".tile .state-text") == "Live"
@@ -57,7 +55,7 @@ def test_a_prompt_change_is_seen_and_its_moment_marked(server: Server, open_page
     watcher.wait_shown(4)
     wait_colour(watcher, "red")
     watcher.steer("one large green square drifting left on a black background")
-    watcher.page.wait_for_selector(".moment:not([hidden])", timeout=8000)
+    watcher.page.wait_for_selector(".moment:not([hidden])", timeout=1000 * PATIENCE_S)
     moment = watcher.page.locator(".moment")
     index = int(moment.get_attribute("data-index") or -1)
     chunks = watcher.wire()["chunks"]
@@ -77,8 +75,8 @@ def test_pause_stops_and_resume_continues(server: Server, open_page: OpenPage) -
     watcher.wait_shown(3)
     watcher.act("pause")
     watcher.wait_status("paused")
-    watcher.page.wait_for_timeout(800)  # the chunk in work still comes
-    still, received = watcher.pixels(), len(watcher.wire()["chunks"])
+    received = watcher.wait_quiet()  # the chunk in work still comes
+    still = watcher.pixels()
     watcher.page.wait_for_timeout(1500)
     assert watcher.pixels() == still
     assert len(watcher.wire()["chunks"]) == received

@@ -38,7 +38,10 @@ format: .venv/.dev  ## let ruff rewrite
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
 
 bench: setup  ## the benches that run on this machine; rows go to bench/results/
-	@$(BIN)/turboserve bench --help
+	@$(BIN)/turboserve bench frame-ring --out bench/results/ $(ARGS)
+
+sanitize:  ## csrc/ under the address, undefined-behaviour and thread sanitizers
+	@csrc/sanitize.sh $(ARGS)
 
 score: setup  ## score the embedded model's videos against their prompts (about 30 minutes on one core)
 	@$(BIN)/turboserve score-shapes --full $(ARGS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from turboserve.bench.report import Row, report, table, write_report
+from turboserve.bench.report import Row, machine_slug, report, table, write_report
 from turboserve.cli.options import console, json_option, print_json
 from turboserve.errors import ConfigError
 
@@ -18,33 +18,41 @@ from turboserve.errors import ConfigError
 def bench_command(measure: Callable[..., Iterator[Row]]) -> click.Command:
     """Makes a command of a generator of rows.
 
-    `measure` gets `wanted`, which says whether a case's name fits --case (to be asked before it is measured), and
-    whatever options it declares itself with click's decorators. Its docstring is the help.
+    `measure` gets `wanted`, which says whether a case's name fits --case, so that it can leave out what nobody asked
+    for (what it yields all the same is dropped), and whatever options it declares with click's decorators. Its
+    docstring is the help.
     """
 
     @click.command(help=measure.__doc__)
     @click.option("--case", default="*", metavar="GLOB", help="Only the cases whose name fits.")
     @click.option(
         "--out",
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="F.json",
-        help="Save the rows.",
+        type=click.Path(path_type=Path),
+        metavar="F.json|DIR",
+        help="Save the rows; in a folder under the benchmark's and the machine's name.",
     )
     @json_option
     @wraps(measure)
     def command(case: str, out: Path | None, as_json: bool, **options: Any) -> None:
+        def wanted(name: str) -> bool:
+            return fnmatchcase(name, case)
+
         rows = []
         terminal = console()
         with terminal.status("measuring") as status:
-            for row in measure(wanted=lambda name: fnmatchcase(name, case), **options):
-                rows.append(row)
-                status.update(f"measured {row.case} {row.shape}")
+            for row in measure(wanted=wanted, **options):
+                if wanted(row.case):
+                    rows.append(row)
+                    status.update(f"measured {row.case} {row.shape}")
         if not rows:
             raise ConfigError(f"no case fits {case!r}", hint="leave --case out to see them all")
         terminal.print(rows[0].device, f"commit {rows[0].commit}", sep=", ")
         terminal.print(table(rows), soft_wrap=True)
         if out is not None:
-            write_report(rows, out)
+            name = f"{click.get_current_context().info_name}.{machine_slug()}.json"
+            path = out / name if out.is_dir() else out
+            write_report(rows, path)
+            terminal.print(f"saved {path}", soft_wrap=True)
         if as_json:
             print_json(report(rows))
 

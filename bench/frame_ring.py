@@ -164,7 +164,7 @@ def command(wanted: Callable[[str], bool], rounds: int) -> Iterator[Row]:
             "device": cpu_name(),
             "versions": versions("numpy"),
         }
-        if wanted("frame-ring/between-processes"):
+        if any(wanted(f"frame-ring/between-processes/{TWIN_NAMES[twin]}") for twin in TWINS):
             times, error = between_processes(shape, rounds)
             floor_ms = 2 * times["memcpy"].median_ms + times["nothing"].median_ms
             held_against = [
@@ -183,7 +183,7 @@ def command(wanted: Callable[[str], bool], rounds: int) -> Iterator[Row]:
                         max_rel_err=error,
                         **settings,
                     )
-        if wanted("frame-ring/push-pop"):
+        if wanted("frame-ring/verify") or any(wanted(f"frame-ring/push-pop/{TWIN_NAMES[twin]}") for twin in TWINS):
             times, error = push_pop(shape, rounds)
             for twin in TWINS:
                 yield make_row(

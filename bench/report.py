@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -99,6 +100,11 @@ def cpu_name() -> str:
     except OSError:
         pass  # no Linux: the platform's own word must do
     return f"{len(os.sched_getaffinity(0))}-core {model} ({platform.machine()}), CPU"
+
+
+def machine_slug() -> str:
+    """The machine's name for a file: "2-core-amd-epyc"."""
+    return re.sub(r"[^a-z0-9]+", "-", cpu_name().partition(" (")[0].lower()).strip("-")
 
 
 @cache

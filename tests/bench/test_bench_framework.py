@@ -84,6 +84,15 @@ def test_frame_ring_bench_end_to_end(tmp_path, monkeypatch):
     assert "against" in result.stderr
 
 
+def test_a_folder_gets_a_file_with_the_machines_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(frame_ring_bench, "SHAPES", [(1, 4, 4)])
+    chosen = ["--case", "*/push-pop/Python*", "--rounds", "3", "--out", str(tmp_path)]
+    assert CliRunner().invoke(main, ["bench", "frame-ring", *chosen]).exit_code == 0
+    (saved,) = tmp_path.iterdir()
+    assert saved.name == f"frame-ring.{report.machine_slug()}.json"
+    assert [one["case"] for one in json.loads(saved.read_text())["rows"]] == ["frame-ring/push-pop/Python twin"]
+
+
 def test_a_glob_that_fits_nothing_says_so():
     result = CliRunner().invoke(main, ["bench", "frame-ring", "--case", "nothing"])
     assert result.exit_code == 2

@@ -19,19 +19,21 @@ help:  ## this list
 
 setup: .venv/.ready  ## .venv with TurboServe in it, nothing else
 
-.venv/.ready: pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/*)
+INPUTS := pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/*)
+
+.venv/.ready: $(INPUTS)
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh
+
+.venv/.dev: $(INPUTS)
+	@PYTHON="$(PYTHON)" bash scripts/setup.sh dev
 
 serve: setup  ## start the server with the embedded model: make serve PORT=8000 MODEL=shapes ARGS="--workers 2"
 	@exec $(BIN)/turboserve serve $(MODEL) --port $(PORT) $(ARGS)
 
-test: setup .venv/.dev  ## set up, then lint, types, import rules and the whole test suite
+test: .venv/.dev  ## set up, then lint, types, import rules and the whole test suite
 	@bash scripts/test.sh $(ARGS)
 
-.venv/.dev: .venv/.ready
-	@bash scripts/setup.sh dev
-
-lint: setup .venv/.dev  ## ruff, mypy, import rules
+lint: .venv/.dev  ## ruff, mypy, import rules
 	@bash scripts/lint.sh
 
 format: .venv/.dev  ## let ruff rewrite

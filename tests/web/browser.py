@@ -1,50 +1,18 @@
-"""A headless Chromium for the page tests, and a proxy whose connections can be cut."""
+"""What the page tests do in the browser, in a viewer's words; and a proxy whose connections can be cut."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
-LAUNCH_ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--autoplay-policy=no-user-gesture-required",
-]
 # Upper bound of every wait: a busy machine with two cores makes video slower than it plays.
 PATIENCE_S = 45.0
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-
-
-def chromium_path() -> str:
-    """The system's Chromium. Its absence is a failure that says what to do, never a skip."""
-    for name in NAMES:
-        if path := shutil.which(name):
-            return path
-    raise RuntimeError("the page tests need Chromium: run `apt-get install chromium` (or your system's way)")
-
-
-@contextlib.contextmanager
-def chromium() -> Iterator[Browser]:
-    path = chromium_path()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=LAUNCH_ARGS)
-        try:
-            yield browser
-        finally:
-            browser.close()
 
 
 class Cable:

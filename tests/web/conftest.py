@@ -3,76 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser
+from real_server import RunningServer, start_server
 
-from .browser import WIRE_TAP, Watcher, chromium
+from turboserve.bench.chromium import chromium
 
-READY_S = 100
+from .browser import WIRE_TAP, Watcher
 
 
 @dataclass(frozen=True)
 class Server:
+    """Where the page is: `url` ends with a slash."""
+
     url: str
-    port: int
 
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return int(one.getsockname()[1])
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or 80
 
 
 @contextlib.contextmanager
-def serving(data_dir: Path, *flags: str) -> Iterator[Server]:
-    """`turboserve serve` on a free port, ready; stopped in the end."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/"
-    log = data_dir / "serve.log"
-    command = [sys.executable, "-m", "turboserve", "serve", "--port", str(port), "--data-dir", str(data_dir / "data")]
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [*command, *flags], stdout=sink, stderr=sink, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-    try:
-        end_s = time.monotonic() + READY_S
-        while not _ready(url):
-            assert process.poll() is None, f"the server ended with {process.returncode}:\n{log.read_text()[-4000:]}"
-            assert time.monotonic() < end_s, f"the server was not ready in {READY_S} s:\n{log.read_text()[-4000:]}"
-            time.sleep(0.1)
-        yield Server(url, port)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url + "readyz", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+def serving(folder: Path, *flags: str) -> Iterator[Server]:
+    """A real server of a test's own."""
+    with start_server(folder, *flags) as running:
+        yield Server(running.url + "/")
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("web")) as one:
-        yield one
+def server(real_server: RunningServer) -> Server:
+    return Server(real_server.url + "/")
 
 
 @pytest.fixture(scope="session")

@@ -180,6 +180,7 @@ def test_theme_and_motion_follow_the_viewer(server: Server, open_page: OpenPage)
     assert watcher.page.evaluate("getComputedStyle(document.querySelector('.moment')).animationName") == "none"
 
 
+@pytest.mark.timeout(240)  # starts a server of its own
 def test_a_full_server_shows_the_place_in_the_queue(
     open_page: OpenPage, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

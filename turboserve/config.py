@@ -63,7 +63,9 @@ class ConfigFile:
                 )
         return dict(table)
 
-    def options(self, command_path: tuple[str, ...], known: Iterable[str], subcommands: Iterable[str]) -> dict:
+    def options(
+        self, command_path: tuple[str, ...], known: Iterable[str], subcommands: Iterable[str]
+    ) -> dict[str, Any]:
         """A command's values by option name, its subcommands' tables left in; any other key is a ConfigError."""
         names = {option_key(one) for one in known}
         children = {command_key(one) for one in subcommands}
@@ -121,10 +123,10 @@ def load_config(path: str | Path, commands: Iterable[str]) -> ConfigFile:
     names = {command_key(one) for one in commands}
     for key, value in raw.items():
         if command_key(key) not in names:
-            error = unknown_key(key, f"the top level of {text}", names)
+            unknown = unknown_key(key, f"the top level of {text}", names)
             if not isinstance(value, Mapping):
-                error.hint = "options stand in their command's table, for example [serve]"
-            raise error
+                unknown.hint = "options stand in their command's table, for example [serve]"
+            raise unknown
         if not isinstance(value, Mapping):
             raise ConfigError(f"{text}: {key!r} is a value where a table is needed", expected=f"a table [{key}]")
     return ConfigFile(text, {command_key(key): value for key, value in raw.items()})

@@ -74,13 +74,15 @@ def _use_config(context: click.Context, _param: click.Parameter, value: str | No
         return value
     if value is not None:
         flags.config_file = load_config(value, COMMANDS)
+    if flags.config_file is None:
+        return value
     # The tables of the groups above are read again: this flag may have come after their turn.
-    chain: list[click.Context] = []
     here: click.Context | None = context
+    chain: list[click.Context] = []
     while here is not None and here.parent is not None:
         chain.insert(0, here)
         here = here.parent
-    for one in chain if flags.config_file is not None else ():
+    for one in chain:
         one.default_map = _checked_table(flags.config_file, one)
     return value
 
@@ -157,9 +159,9 @@ class LazyGroup(click.Group):
         """click's entry with our exit codes; a command may return its exit code."""
         flags = extra.setdefault("obj", RunFlags())
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+            return super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
         try:
-            result = super().main(*args, standalone_mode=False, **extra)
+            result = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
             sys.stdout.flush()
         except click.ClickException as error:
             error.show()

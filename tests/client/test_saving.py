@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from scripted_server import FRAMES, HEIGHT, WIDTH, Scripted, cut, say
 
 from turboserve import errors
-from turboserve.client import AsyncSession, Chunk, Mp4Writer
+from turboserve.client import AsyncSession, Chunk
 from turboserve.client.failures import Resumable
 from turboserve.client.retry import Retries, RetryPolicy
 
@@ -34,34 +35,6 @@ def picture(index: int, size: int = 64) -> np.ndarray:
     frame = np.full((size, size, 3), (20, 40, 160), np.uint8)
     frame[16:32, 4 * index : 4 * index + 16] = (220, 30, 30)
     return frame
-
-
-def test_what_is_written_is_what_was_given(tmp_path: Path) -> None:
-    frames = np.stack([picture(index) for index in range(10)])
-    with Mp4Writer(tmp_path / "out.mp4", fps=12) as writer:
-        writer.add(frames[:4])
-        writer.add(frames[4:])
-        assert not (tmp_path / "out.mp4").exists(), "half a file never has the file's name"
-    back, rate = read_back(tmp_path / "out.mp4")
-    assert (back.shape, rate) == (frames.shape, 12.0)
-    assert np.abs(back.astype(int) - frames).mean() < 4
-    assert writer.seconds == pytest.approx(10 / 12)
-    assert [one.name for one in tmp_path.iterdir()] == ["out.mp4"]
-
-
-def test_a_file_that_failed_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), Mp4Writer(tmp_path / "out.mp4", fps=12) as writer:
-        writer.add(picture(0)[None])
-        raise KeyError
-    with pytest.raises(errors.InvalidRequest, match="no frames"), Mp4Writer(tmp_path / "out.mp4", fps=12):
-        pass
-    with pytest.raises(errors.InvalidRequest, match="cannot write into"):
-        Mp4Writer(tmp_path / "absent" / "out.mp4", fps=12)
-    with pytest.raises(errors.InvalidRequest, match="directory"):
-        Mp4Writer(tmp_path, fps=12)
-    with pytest.raises(errors.InvalidRequest, match="even"), Mp4Writer(tmp_path / "out.mp4", fps=12) as writer:
-        writer.add(np.zeros((1, 63, 64, 3), np.uint8))
-    assert list(tmp_path.iterdir()) == []
 
 
 async def test_save_for_so_many_seconds_across_a_lost_connection(tmp_path: Path) -> None:
@@ -84,6 +57,14 @@ async def test_save_needs_an_end(tmp_path: Path) -> None:
     async with Scripted() as server, await AsyncSession.open("x", base_url=server.base_url) as session:
         with pytest.raises(errors.InvalidRequest, match="no end"):
             await session.save(tmp_path / "out.mp4")
+
+
+async def test_a_stream_without_a_frame_leaves_no_file(tmp_path: Path) -> None:
+    script = [cut(0, 1000)]
+    async with Scripted(script=script) as server, await AsyncSession.open("x", base_url=server.base_url) as session:
+        with pytest.raises(errors.InvalidRequest, match="no frames"):
+            await session.save(tmp_path / "out.mp4", seconds=1)
+    assert os.listdir(tmp_path) == []
 
 
 async def test_an_mp4_stream_is_written_as_it_comes_with_one_beginning(tmp_path: Path) -> None:

@@ -60,15 +60,27 @@ def resolve(parent: click.Context, path: tuple[str, ...], command: click.Command
     A required argument may be missing here; a group's subcommands follow when no arguments were given.
     """
     relaxed = _without_required(command)
-    if isinstance(command, click.Group) and args and args[0] in command.commands:
+    if isinstance(command, click.Group) and args and not args[0].startswith("-"):
         with relaxed.make_context(path[-1], [], parent=parent) as context:
-            return resolve(context, (*path, args[0]), command.commands[args[0]], args[1:])
+            return resolve(context, (*path, args[0]), _child(command, context, args[0]), args[1:])
     with relaxed.make_context(path[-1], list(args), parent=parent) as context:
         settings = [_setting(context, path, one) for one in command.params if one.expose_value and one.name]
         if isinstance(command, click.Group) and not args:
             for name in command.list_commands(context):
-                settings += resolve(context, (*path, name), command.commands[name], [])
+                try:
+                    child = _child(command, context, name)
+                except ImportError as error:  # what an extra would bring; the others can be shown without it
+                    click.echo(f"{' '.join(path)} {name} cannot be shown: {error}", err=True)
+                    continue
+                settings += resolve(context, (*path, name), child, [])
     return settings
+
+
+def _child(group: click.Group, context: click.Context, name: str) -> click.Command:
+    found = group.get_command(context, name)
+    if found is None:
+        raise click.UsageError(f"no command {name!r}", context)
+    return found
 
 
 def _without_required(command: click.Command) -> click.Command:

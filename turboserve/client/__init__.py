@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from turboserve.client.aio import AsyncSession
 from turboserve.client.chunk import Chunk, PromptUpdate
-from turboserve.client.mp4 import Mp4Writer
 from turboserve.client.sync import Session
 
-__all__ = ["AsyncSession", "Chunk", "Mp4Writer", "PromptUpdate", "Session"]
+__all__ = ["AsyncSession", "Chunk", "PromptUpdate", "Session"]

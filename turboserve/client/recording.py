@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from turboserve.client import wire
 from turboserve.client.chunk import Chunk
-from turboserve.client.mp4 import Mp4Writer, check_target
 from turboserve.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from turboserve.client.aio import AsyncSession
+    from turboserve.server.video_file import VideoFile
 
 
 async def save_chunks(session: AsyncSession, path: str | Path, seconds: float | None) -> int:
@@ -26,23 +26,30 @@ async def save_chunks(session: AsyncSession, path: str | Path, seconds: float | 
     frames_wanted = None if seconds is None else max(1, round(seconds * session.fps))
     if session.format == "mp4":
         return await _save_fragments(session, Path(path), frames_wanted)
-    # Encoding blocks for milliseconds; in a thread it leaves the loop free to receive.
-    with Mp4Writer(path, fps=session.fps) as writer:
+    from turboserve.server.video_file import VideoFile  # imports PyAV
+
+    with VideoFile(path, session.width, session.height, session.fps) as file:
         async for chunk in session:
-            rest = None if frames_wanted is None else frames_wanted - writer.frame_count
-            await asyncio.to_thread(_add, writer, chunk, rest)
-            if frames_wanted is not None and writer.frame_count >= frames_wanted:
+            rest = None if frames_wanted is None else frames_wanted - file.frame_count
+            # Encoding takes milliseconds; in a thread it leaves the loop free to receive.
+            await asyncio.to_thread(_write, file, chunk, rest)
+            if frames_wanted is not None and file.frame_count >= frames_wanted:
                 break
-    return writer.frame_count
+        _need_frames(file.frame_count, path)
+    return file.frame_count
 
 
-def _add(writer: Mp4Writer, chunk: Chunk, rest: int | None) -> None:
-    writer.add(chunk.frames[:rest])
+def _write(file: VideoFile, chunk: Chunk, rest: int | None) -> None:
+    file.write(chunk.frames[:rest])
+
+
+def _need_frames(count: int, path: str | Path) -> None:
+    if not count:
+        raise InvalidRequest(f"no frames came for {path}", expected="at least one chunk")
 
 
 async def _save_fragments(session: AsyncSession, path: Path, frames_wanted: int | None) -> int:
     """The server's own fragmented mp4: whole chunks, the first initialisation only."""
-    check_target(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     count, begun = 0, False
     try:
@@ -57,8 +64,7 @@ async def _save_fragments(session: AsyncSession, path: Path, frames_wanted: int 
                 file.write(one.payload)
                 if frames_wanted is not None and count >= frames_wanted:
                     break
-        if not count:
-            raise InvalidRequest(f"no frames came for {path}", expected="at least one chunk")
+        _need_frames(count, path)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -217,20 +217,25 @@ async def test_an_update_is_answered_with_what_was_bound() -> None:
         assert await take_all(session) == chain(12)
 
 
-def answering(kind: str, **values: Any) -> Any:
+def answering(kind: str, *, named: bool = True, **values: Any) -> Any:
     async def behave(server: Scripted, socket: Any) -> None:
         await server.attach(socket)
         while (message := json.loads(await socket.recv()))["type"] != "prompt":
             pass
         server.prompts.append(message)
-        await say(socket, kind, event_id=message["event_id"], **values)
+        if named:
+            values["event_id"] = message["event_id"]
+        await say(socket, kind, **values)
         await socket.wait_closed()
 
     return behave
 
 
-async def test_a_prompt_that_came_too_late_for_its_index() -> None:
-    script = [answering("error", code="index_passed", message="chunk 3 has already begun", retryable=False)]
+@pytest.mark.parametrize("named", [True, False])
+async def test_a_prompt_that_came_too_late_for_its_index(named: bool) -> None:
+    script = [
+        answering("error", named=named, code="index_passed", message="chunk 3 has already begun", retryable=False)
+    ]
     async with Scripted(script=script) as server, await open_at(server) as session:
         with pytest.raises(errors.IndexPassed, match="chunk 3"):
             await session.update("late", from_index=3)

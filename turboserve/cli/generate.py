@@ -70,6 +70,7 @@ def command(
     from turboserve.card import Card, CardInput, StepsRun
     from turboserve.cli import _making as making
     from turboserve.model.registry import check_prompt, load_spec
+    from turboserve.server.protocol import clean_prompt
     from turboserve.server.video_file import VideoFile
 
     spec = load_spec(model)
@@ -173,10 +174,3 @@ def _steps(spec: Any, wanted: int | None) -> int:
     if wanted is not None and not spec.denoise_steps_floor <= wanted <= spec.denoise_steps:
         raise click.BadParameter(f"--steps {wanted}; expected {spec.denoise_steps_floor} to {spec.denoise_steps}")
     return wanted or spec.denoise_steps
-
-
-def clean_prompt(text: str) -> str:
-    """As the server takes it, so that both give a model the same text."""
-    import unicodedata
-
-    return unicodedata.normalize("NFC", text).strip()

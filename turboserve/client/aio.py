@@ -33,6 +33,7 @@ class Opened(msgspec.Struct, frozen=True):
     state: str = "queued"
     chunk_frames: dict[str, int] = {}
     ignored_words: tuple[str, ...] = ()
+    random_scene: bool = False
     queue_position: int | None = None
 
 
@@ -66,6 +67,8 @@ class AsyncSession:
         self.chunk_frames = opened.chunk_frames
         """Frames of the "first" chunk and of the "rest"."""
         self.ignored_words = opened.ignored_words
+        self.random_scene = opened.random_scene
+        """Whether the model knew no word of the prompt and chose a scene by itself."""
         self.format = stream.format
         self.max_duration_s = max_duration_s
         self.next_index = stream.next_index

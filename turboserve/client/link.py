@@ -30,6 +30,8 @@ QUEUE_CHUNKS = 8
 """The server lets four stand unacked; four more may come after a reconnection."""
 PENDING_UPDATES = 16
 MEDIA_BYTES_MAX = 1 << 30
+PROMPT_ERRORS = frozenset({"invalid_prompt", "index_passed", "event_id_conflict", "overloaded", "malformed"})
+"""Errors that a prompt is answered with; messages are answered in order, so they need not name it."""
 
 log = logging.getLogger("turboserve.client")
 
@@ -224,18 +226,26 @@ class Link:
             pending.answer.set_result(answer)
 
     def _note(self, note: wire.ErrorNote) -> None:
-        """An error message: of a prompt if it names one, of the attach if that has not been answered."""
+        """An error message: of a prompt, or of the attach if that has not been answered yet."""
         self._last_error = note
-        pending = self._pending.get(note.event_id or "")
+        pending = self._prompt_of(note)
         if pending is None:
             if not self.stream.attached and not note.retryable:
                 raise note.to_error()
             log.warning("the server says: %s (%s)", note.message, note.code)
         elif note.code == "event_id_conflict" and pending.sent_count > 1:
             # The first try had arrived; only its answer was lost with the connection.
-            self._answer(note.event_id, PromptUpdate(None, None))
-        elif not pending.answer.done():
+            pending.answer.set_result(PromptUpdate(None, None))
+        else:
             pending.answer.set_exception(note.to_error())
+
+    def _prompt_of(self, note: wire.ErrorNote) -> _Pending | None:
+        """The prompt that an error answers: the one it names, else the oldest that still waits for an answer."""
+        waiting = [one for one in self._pending.values() if one.sent_count and not one.answer.done()]
+        if note.event_id is not None:
+            named = self._pending.get(note.event_id)
+            return named if named in waiting else None
+        return waiting[0] if waiting and note.code in PROMPT_ERRORS else None
 
     def _fail_pending(self, error: Exception) -> None:
         for pending in self._pending.values():

@@ -295,15 +295,41 @@ def test_a_valid_record_of_an_older_lap_is_found(twin):
 @pytest.mark.parametrize("twin", TWINS)
 def test_a_lying_length_is_held_against_the_head(twin):
     """A record whose header verifies but whose payload length reaches past what was committed."""
-    with ring((twin, twin), capacity_bytes=4096) as (fd, producer, consumer):
-        producer.push(*chunk(0))
-        header = bytearray(os.pread(fd, 192, 4096))
-        for length in (2**64 - 1, 2**63, 4096, 1000):
+    for length in (2**64 - 1, 2**63, 4096, 1000):
+        with ring((twin, twin), capacity_bytes=4096) as (fd, producer, consumer):
+            producer.push(*chunk(0))
+            header = bytearray(os.pread(fd, 192, 4096))
             struct.pack_into("<Q", header, 8, length)
             struct.pack_into("<I", header, 188, zlib.crc32(header[:188]))
             os.pwrite(fd, header, 4096)
             with pytest.raises(CorruptState, match="past the head"):
                 consumer.pop()
+
+
+@pytest.mark.parametrize("read", ["peek", "pop"])
+@pytest.mark.parametrize("twin", TWINS)
+def test_reading_goes_on_after_a_corrupt_record(twin, read, caplog):
+    with ring((twin, twin)) as (fd, producer, consumer):
+        producer.push(*chunk(0))
+        producer.push(*chunk(1))
+        os.pwrite(fd, b"?", 4096 + 20)  # in the first header: the second record cannot be found either
+        with pytest.raises(CorruptState, match="does not verify"):
+            getattr(consumer, read)()
+        assert "dropping" in caplog.text
+        assert consumer.peek() is None and producer.free_bytes == producer.capacity_bytes
+        producer.push(*chunk(2))
+        assert consumer.pop().header.chunk_index == 2
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_wrong_pixels_cost_their_own_chunk_only(twin):
+    with ring((twin, twin)) as (fd, producer, consumer):
+        producer.push(*chunk(0))
+        producer.push(*chunk(1))
+        os.pwrite(fd, b"????", 4096 + 192)
+        with pytest.raises(CorruptState, match="digest"):
+            consumer.pop()
+        assert consumer.pop().header.chunk_index == 1
 
 
 @pytest.mark.parametrize("twin", TWINS)

@@ -19,6 +19,7 @@ import logging
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -194,10 +195,7 @@ def create(capacity_bytes: int, *, implementation: str | None = None) -> int:
 
 
 def _wait(attempt: Callable[[], Any], timeout_s: float) -> Any:
-    """Calls `attempt` until it gives something true or the time is over.
-
-    Sleeps from 20 us up to 1 ms between.
-    """
+    """Calls `attempt` until it gives something true or the time is over; sleeps 20 us to 1 ms between."""
     found = attempt()
     if found or timeout_s <= 0:
         return found
@@ -264,24 +262,38 @@ class FrameProducer(_End):
 
 
 class FrameConsumer(_End):
-    """The gateway's end of a ring. After CorruptState `discard` is the way on; what it drops is lost."""
+    """The gateway's end of a ring.
+
+    CorruptState never repeats for the same bytes: a record whose pixels are wrong is taken all the same, and behind a
+    header that cannot be believed nothing can be found, so all that is unread is dropped, which the log says.
+    """
 
     def __init__(self, fd: int, *, implementation: str | None = None) -> None:
         super().__init__(_twin(implementation).RingConsumer(fd))
 
+    def _checked(self, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except CorruptState as error:
+            with suppress(CorruptState):  # counters that cannot be true: only a new ring helps
+                log.warning("%s; dropping %d unread bytes", error, self._raw.discard())
+            raise
+
     def peek(self) -> FrameHeader | None:
         """The next chunk's header, not taken; None when the ring is empty."""
-        packed = self._raw.peek()
-        return None if packed is None else FrameHeader.unpack(packed)
+
+        def read() -> FrameHeader | None:
+            packed = self._raw.peek()
+            return None if packed is None else FrameHeader.unpack(packed)
+
+        return self._checked(read)
 
     def pop(self, *, timeout_s: float = 0.0, verify: bool = True) -> FrameRecord | None:
         """Takes the next chunk; None when none came within `timeout_s`.
 
-        With `verify` its pixels are checked against the digest chain, which costs more than the
-        copy itself. A chunk that fails is taken out of the ring all the same: CorruptState, and the
-        next `pop` goes on behind it.
+        With `verify` its pixels are checked against the digest chain, which costs more than the copy itself.
         """
-        found = _wait(self._raw.pop, timeout_s)
+        found = _wait(lambda: self._checked(self._raw.pop), timeout_s)
         if found is None:
             return None
         record = FrameRecord(FrameHeader.unpack(found[0]), found[1])
@@ -290,11 +302,8 @@ class FrameConsumer(_End):
         return record
 
     def pop_into(self, target: Any) -> FrameHeader | None:
-        """Takes the next chunk with its pixels at the start of `target`, a writable buffer
-
-        they are not verified.
-        """
-        packed = self._raw.pop_into(target)
+        """Takes the next chunk, its pixels to the start of the writable buffer `target`. They are not verified."""
+        packed = self._checked(lambda: self._raw.pop_into(target))
         return None if packed is None else FrameHeader.unpack(packed)
 
     def discard(self) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from turboserve.bench.chromium import chromium, serving
 
 if TYPE_CHECKING:

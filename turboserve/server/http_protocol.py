@@ -61,13 +61,12 @@ def bounded_protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
-            if self._reading_header:
-                self._header_bytes += len(data)
-                # One read may bring the header and the start of a body; only what is surely header counts.
-                if self._header_bytes > limits.header_bytes + 65_536:
-                    self._refuse("headers_too_large", "too large headers", 431)
-                    return
+            was_header = self._reading_header
             super().data_received(data)
+            if was_header and self._reading_header:  # all of it was header: one line without an end is bounded too
+                self._header_bytes += len(data)
+                if self._header_bytes > limits.header_bytes:
+                    self._refuse("headers_too_large", "too large headers", 431)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()

@@ -48,11 +48,15 @@ def read_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def read_log(path: Path) -> tuple[list[AnyRecord], int]:
     """All records up to the first torn one, and how many bytes behind it are not part of the log."""
-    data = path.read_bytes() if path.exists() else b""
+    return parse_log(path.read_bytes() if path.exists() else b"", path.name)
+
+
+def parse_log(data: bytes, name: str) -> tuple[list[AnyRecord], int]:
+    """`read_log` of bytes already read."""
     if len(data) < len(MAGIC):  # a crash between creating the file and its first sync: nothing was promised yet
         return [], len(data)
     if not data.startswith(MAGIC):
-        raise CorruptState(f"{path} is not a gateway log", hint="move it away, or name another --data-dir")
+        raise CorruptState(f"{name} is not a gateway log", hint="move it away, or name another --data-dir")
     records, whole = [], len(MAGIC)
     for whole, payload in read_frames(data):  # noqa: B007 - `whole` is read after the loop
         records.append(decode_record(payload))

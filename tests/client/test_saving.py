@@ -39,7 +39,7 @@ def picture(index: int, size: int = 64) -> np.ndarray:
 
 async def test_save_for_so_many_seconds_across_a_lost_connection(tmp_path: Path) -> None:
     async with Scripted(script=[cut(3)]) as server:
-        async with await AsyncSession.open("x", base_url=server.base_url) as session:
+        async with AsyncSession("x", base_url=server.base_url) as session:
             assert await session.save(tmp_path / "out.mp4", seconds=23 / 12) == 23
         back, rate = read_back(tmp_path / "out.mp4")
         assert (back.shape, rate) == ((23, HEIGHT, WIDTH, 3), 12.0)
@@ -54,14 +54,14 @@ async def test_save_to_the_end(tmp_path: Path) -> None:
 
 
 async def test_save_needs_an_end(tmp_path: Path) -> None:
-    async with Scripted() as server, await AsyncSession.open("x", base_url=server.base_url) as session:
+    async with Scripted() as server, AsyncSession("x", base_url=server.base_url) as session:
         with pytest.raises(errors.InvalidRequest, match="no end"):
             await session.save(tmp_path / "out.mp4")
 
 
 async def test_a_stream_without_a_frame_leaves_no_file(tmp_path: Path) -> None:
     script = [cut(0, 1000)]
-    async with Scripted(script=script) as server, await AsyncSession.open("x", base_url=server.base_url) as session:
+    async with Scripted(script=script) as server, AsyncSession("x", base_url=server.base_url) as session:
         with pytest.raises(errors.InvalidRequest, match="no frames"):
             await session.save(tmp_path / "out.mp4", seconds=1)
     assert os.listdir(tmp_path) == []

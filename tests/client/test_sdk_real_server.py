@@ -57,7 +57,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Card:
 async def test_the_server_makes_the_chain_that_generate_makes_even_across_torn_connections(
     server_url: str, generated: Card
 ) -> None:
-    async with await AsyncSession.open(PROMPT, base_url=server_url, **OPTIONS) as session:
+    async with AsyncSession(PROMPT, base_url=server_url, **OPTIONS) as session:
         answer = await session.update(SWITCH, from_index=SWITCH_INDEX)
         assert (answer.prompt_version, answer.from_index) == (2, SWITCH_INDEX)
         digests = await take(session, CHUNKS, drop_at=(1, 5))
@@ -67,7 +67,7 @@ async def test_the_server_makes_the_chain_that_generate_makes_even_across_torn_c
 
 
 def test_the_synchronous_session_and_its_card(server_url: str, generated: Card, tmp_path: Path) -> None:
-    with Session.open(PROMPT, base_url=server_url, **OPTIONS) as session:
+    with Session(PROMPT, base_url=server_url, **OPTIONS) as session:
         session.update(SWITCH, from_index=SWITCH_INDEX)
         digests = []
         for chunk in session:
@@ -99,7 +99,7 @@ def read_back(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("format", ["raw", "mp4"])
 def test_save(server_url: str, tmp_path: Path, format: str) -> None:
     path = tmp_path / "out.mp4"
-    with Session.open(PROMPT, base_url=server_url, format=format, max_duration_s=2, **OPTIONS) as session:
+    with Session(PROMPT, base_url=server_url, format=format, max_duration_s=2, **OPTIONS) as session:
         assert session.save(path) == 24
         assert session.end_reason == "completed"
     frames = read_back(path)
@@ -110,7 +110,7 @@ def test_save(server_url: str, tmp_path: Path, format: str) -> None:
 async def test_encoded_formats_show_the_same_picture(server_url: str) -> None:
     pictures = {}
     for format in ("raw", "jpeg", "h264"):
-        async with await AsyncSession.open(PROMPT, base_url=server_url, format=format, **OPTIONS) as session:
+        async with AsyncSession(PROMPT, base_url=server_url, format=format, **OPTIONS) as session:
             chunk = await anext(session)
             pictures[format] = (chunk.digest, chunk.frames.astype(int))
     exact_digest, exact = pictures["raw"]
@@ -122,7 +122,7 @@ async def test_encoded_formats_show_the_same_picture(server_url: str) -> None:
 
 
 async def test_pause_and_resume(server_url: str) -> None:
-    async with await AsyncSession.open(PROMPT, base_url=server_url, **OPTIONS) as session:
+    async with AsyncSession(PROMPT, base_url=server_url, **OPTIONS) as session:
         await take(session, 2)
         await session.pause()
         seen = 0
@@ -150,7 +150,7 @@ async def test_detach_and_attach(server_url: str) -> None:
 
 
 async def test_refusals_are_typed(server_url: str) -> None:
-    async with await AsyncSession.open(PROMPT, base_url=server_url, **OPTIONS) as session:
+    async with AsyncSession(PROMPT, base_url=server_url, **OPTIONS) as session:
         await take(session, 2)
         with pytest.raises(errors.IndexPassed, match="already begun"):
             await session.update(SWITCH, from_index=0)
@@ -171,7 +171,7 @@ async def test_refusals_are_typed(server_url: str) -> None:
 
 
 async def test_words_it_does_not_know(server_url: str) -> None:
-    async with await AsyncSession.open("a red xylophone", base_url=server_url) as session:
+    async with AsyncSession("a red xylophone", base_url=server_url) as session:
         assert session.ignored_words == ("xylophone",)
 
 

@@ -372,11 +372,22 @@ async def test_address_and_key_come_from_the_environment(monkeypatch: pytest.Mon
     async with Scripted() as server:
         monkeypatch.setenv("TURBOSERVE_URL", server.base_url)
         monkeypatch.setenv("TURBOSERVE_API_KEY", "k1")
-        async with await AsyncSession.open("x"):
+        async with AsyncSession("x"):
             pass
-        async with await AsyncSession.open("x", api_key="k2"):
+        async with AsyncSession("x", api_key="k2"):
             pass
     assert [one[2]["authorization"] for one in server.requests if one[0] == "POST"] == ["Bearer k1", "Bearer k2"]
+
+
+async def test_a_session_that_is_not_open_says_how_to_open_it() -> None:
+    async with Scripted() as server:
+        session = AsyncSession("x", base_url=server.base_url)
+        with pytest.raises(errors.Conflict, match="not open yet; expected `async with"):
+            await anext(session)
+        await session.close()
+        assert server.requests == []
+        with pytest.raises(TypeError, match="sneed"):
+            AsyncSession("x", sneed=3)  # type: ignore[call-arg]
 
 
 # ---------------------------------------------------------------- the synchronous one
@@ -384,7 +395,7 @@ async def test_address_and_key_come_from_the_environment(monkeypatch: pytest.Mon
 
 async def test_the_synchronous_session_does_the_same() -> None:
     def use(url: str) -> list[str]:
-        with Session.open("a red circle", base_url=url, retry=QUICK) as session:
+        with Session("a red circle", base_url=url, retry=QUICK) as session:
             assert (session.width, session.fps) == (8, 12)
             first = next(session)
             assert session.update("a blue square").prompt_version == 2
@@ -404,10 +415,10 @@ async def test_the_synchronous_session_raises_and_ends_its_thread() -> None:
     def use(url: str) -> None:
         import threading
 
-        with Session.open("x", base_url=url, retry=QUICK) as session, pytest.raises(errors.NotFound):
+        with Session("x", base_url=url, retry=QUICK) as session, pytest.raises(errors.NotFound):
             list(session)
         with pytest.raises(errors.Refused):
-            Session.open("x", base_url="http://127.0.0.1:9")
+            Session("x", base_url="http://127.0.0.1:9")
         assert not [one for one in threading.enumerate() if one.name == "turboserve-session"]
 
     async with Scripted(script=[cut(2, 4404)]) as server:

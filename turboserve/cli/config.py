@@ -69,7 +69,7 @@ def resolve(parent: click.Context, path: tuple[str, ...], command: click.Command
             for name in command.list_commands(context):
                 try:
                     child = _child(command, context, name)
-                except ImportError as error:  # what an extra would bring; the others can be shown without it
+                except ImportError as error:  # what an extra would bring; the others can do without
                     click.echo(f"{' '.join(path)} {name} cannot be shown: {error}", err=True)
                     continue
                 settings += resolve(context, (*path, name), child, [])

@@ -2,7 +2,7 @@
 
     import turboserve
 
-    with turboserve.Session.open("a red circle drifting left", seed=7) as session:
+    with turboserve.Session("a red circle drifting left", seed=7) as session:
         for chunk in session:
             print(chunk.index, chunk.frames.shape)      # uint8 [frames, height, width, 3]
             if chunk.index == 4:

@@ -8,81 +8,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import msgspec
-
 from turboserve.client import wire
 from turboserve.client.chunk import Chunk, PromptUpdate
-from turboserve.client.http import Api, is_loopback, websocket_url
+from turboserve.client.http import Api, Opened, is_loopback, read_opened, websocket_url
 from turboserve.client.link import Link
 from turboserve.client.recording import save_chunks
 from turboserve.client.retry import RetryPolicy
-from turboserve.errors import NotFound, ProtocolError
-
-
-class Opened(msgspec.Struct, frozen=True):
-    """A session as the server describes it."""
-
-    id: str
-    token: str
-    stream_url: str
-    width: int
-    height: int
-    fps: float
-    model: str = ""
-    seed: int = 0
-    state: str = "queued"
-    chunk_frames: dict[str, int] = {}
-    ignored_words: tuple[str, ...] = ()
-    random_scene: bool = False
-    queue_position: int | None = None
+from turboserve.errors import Conflict, NotFound
 
 
 class AsyncSession:
-    """A video stream that is made while it is watched. Open one with `AsyncSession.open`."""
+    """A video stream that is made while it is watched.
+
+    `async with AsyncSession(prompt) as session` opens it and ends it; `await AsyncSession.open(prompt)` opens it and
+    leaves it to the caller to `close` or `detach`.
+
+    `format` is raw (exact frames), jpeg, h264 or mp4; `pace` live (as it would be watched; the default) or free (as
+    fast as it can be made). `base_url` falls back to TURBOSERVE_URL, then http://127.0.0.1:8000; `api_key` to
+    TURBOSERVE_API_KEY.
+    """
 
     def __init__(
         self,
-        api: Api,
-        opened: Opened,
-        stream: wire.Stream,
-        *,
-        retry: RetryPolicy | None = None,
-        max_duration_s: float | None = None,
-    ) -> None:
-        self._api = api
-        self._link = Link(
-            stream,
-            websocket_url(api.base_url, opened.stream_url),
-            use_proxy=not is_loopback(api.base_url),
-            retry=retry or RetryPolicy(),
-        )
-        self._link.state, self._link.queue_position = opened.state, opened.queue_position
-        self._closed = False
-        self.id = opened.id
-        self.model = opened.model
-        self.seed = opened.seed
-        self.width = opened.width
-        self.height = opened.height
-        self.fps = opened.fps
-        self.chunk_frames = opened.chunk_frames
-        """Frames of the "first" chunk and of the "rest"."""
-        self.ignored_words = opened.ignored_words
-        self.random_scene = opened.random_scene
-        """Whether the model knew no word of the prompt and chose a scene by itself."""
-        self.format = stream.format
-        self.max_duration_s = max_duration_s
-        self.next_index = stream.next_index
-        """Index of the chunk that will be taken next."""
-        self.prompt_version = 0
-        """Of the chunk taken last."""
-        self.digest = stream.digest
-        """The chain up to the chunk taken last."""
-
-    # ------------------------------------------------------------------ opening
-
-    @classmethod
-    async def open(
-        cls,
         prompt: str,
         *,
         seed: int | None = None,
@@ -97,13 +44,7 @@ class AsyncSession:
         base_url: str | None = None,
         api_key: str | None = None,
         retry: RetryPolicy | None = None,
-    ) -> AsyncSession:
-        """Open a session and start to receive.
-
-        `format` is raw (exact frames), jpeg, h264 or mp4; `pace` live (as it would be watched; the default) or free
-        (as fast as it can be made). `base_url` falls back to TURBOSERVE_URL, then http://127.0.0.1:8000; `api_key`
-        to TURBOSERVE_API_KEY.
-        """
+    ) -> None:
         wish = {
             "prompt": prompt,
             "seed": seed,
@@ -115,17 +56,74 @@ class AsyncSession:
             "prompt_switch": prompt_switch,
             "allow_reduced_steps": allow_reduced_steps,
         }
-        api = Api(base_url, api_key)
-        try:
-            answer = await api.call("POST", "/v1/sessions", {k: v for k, v in wish.items() if v is not None})
-            opened = _read_opened(answer)
-        except BaseException:
-            await api.close()
-            raise
+        self._wish = {name: value for name, value in wish.items() if value is not None}
+        self._set_up(format, pace, base_url, api_key, retry, max_duration_s)
+
+    def _set_up(
+        self,
+        format: str,
+        pace: str | None,
+        base_url: str | None,
+        api_key: str | None,
+        retry: RetryPolicy | None,
+        max_duration_s: float | None = None,
+    ) -> None:
+        self._api = Api(base_url, api_key)
+        self._retry = retry or RetryPolicy()
+        self._pace = pace
+        self._opened_link: Link | None = None
+        self._closed = False
+        self.format = format
+        self.max_duration_s = max_duration_s
+
+    def _start(self, opened: Opened, next_index: int, digest: str | None) -> None:
+        """Begin to receive; from here on the session has its facts."""
         stream = wire.Stream(
-            token=opened.token, width=opened.width, height=opened.height, format=format, pace=pace, next_index=0
+            token=opened.token,
+            width=opened.width,
+            height=opened.height,
+            format=self.format,
+            pace=self._pace,
+            next_index=next_index,
+            digest=digest,
         )
-        return cls(api, opened, stream, retry=retry, max_duration_s=max_duration_s)
+        url = websocket_url(self._api.base_url, opened.stream_url)
+        link = Link(stream, url, use_proxy=not is_loopback(self._api.base_url), retry=self._retry)
+        link.state, link.queue_position = opened.state, opened.queue_position
+        self._opened_link = link
+        self.id = opened.id
+        self.model = opened.model
+        self.seed = opened.seed
+        self.width = opened.width
+        self.height = opened.height
+        self.fps = opened.fps
+        self.chunk_frames = opened.chunk_frames
+        """Frames of the "first" chunk and of the "rest"."""
+        self.ignored_words = opened.ignored_words
+        self.random_scene = opened.random_scene
+        """Whether the model knew no word of the prompt and chose a scene by itself."""
+        self.next_index = next_index
+        """Index of the chunk that will be taken next."""
+        self.prompt_version = 0
+        """Of the chunk taken last."""
+        self.digest = stream.digest
+        """The chain up to the chunk taken last."""
+
+    # ------------------------------------------------------------------ opening
+
+    @classmethod
+    async def open(cls, prompt: str, **options: Any) -> AsyncSession:
+        """An open session, to be closed by the caller; the options are those of the constructor."""
+        session = cls(prompt, **options)
+        await session._open()
+        return session
+
+    async def _open(self) -> None:
+        try:
+            self._start(read_opened(await self._api.call("POST", "/v1/sessions", self._wish)), 0, "")
+        except BaseException:
+            await self._api.close()
+            raise
 
     @classmethod
     async def attach(
@@ -142,31 +140,35 @@ class AsyncSession:
         retry: RetryPolicy | None = None,
     ) -> AsyncSession:
         """Go on with a session that was opened elsewhere; `detach` gives what is needed here."""
-        api = Api(base_url, api_key)
+        session = cls.__new__(cls)
+        session._set_up(format, pace, base_url, api_key, retry)
+        path = f"/v1/sessions/{session_id}"
         try:
-            found = await api.call("GET", f"/v1/sessions/{session_id}")
-            opened = _read_opened({"stream_url": f"/v1/sessions/{session_id}/stream", **found, "token": token})
+            found = await session._api.call("GET", path)
+            session._start(read_opened({"stream_url": f"{path}/stream", **found, "token": token}), next_index, digest)
         except BaseException:
-            await api.close()
+            await session._api.close()
             raise
-        stream = wire.Stream(
-            token=token,
-            width=opened.width,
-            height=opened.height,
-            format=format,
-            pace=pace,
-            next_index=next_index,
-            digest=digest,
-        )
-        return cls(api, opened, stream, retry=retry)
+        return session
 
     async def __aenter__(self) -> AsyncSession:
+        if self._opened_link is None:
+            await self._open()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def _link(self) -> Link:
+        if self._opened_link is None:
+            raise Conflict(
+                "the session is not open yet",
+                expected="`async with AsyncSession(...)` or `await AsyncSession.open(...)`",
+            )
+        return self._opened_link
 
     # ------------------------------------------------------------------ what it is doing
 
@@ -255,8 +257,10 @@ class AsyncSession:
         if self._closed:
             return
         self._closed = True
-        await self._link.leave()
         try:
+            if self._opened_link is None:
+                return
+            await self._link.leave()
             if self.end_reason is None:
                 with suppress(NotFound):
                     await self._api.call("DELETE", f"/v1/sessions/{self.id}")
@@ -277,13 +281,3 @@ class AsyncSession:
             "next_index": self.next_index,
             "digest": self.digest,
         }
-
-
-def _read_opened(answer: Any) -> Opened:
-    try:
-        return msgspec.convert(answer, Opened)
-    except msgspec.ValidationError as error:
-        raise ProtocolError(
-            f"the server's description of the session does not fit: {error}",
-            hint="is that address a TurboServe server of this version?",
-        ) from None

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
+import msgspec
 
 from turboserve.client.failures import from_body, unreachable
 from turboserve.errors import InvalidRequest, ProtocolError
@@ -90,3 +91,32 @@ def retry_after_s(value: str | None) -> float | None:
         return max(0.0, float(value)) if value else None
     except ValueError:
         return None
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """A session as the server describes it."""
+
+    id: str
+    token: str
+    stream_url: str
+    width: int
+    height: int
+    fps: float
+    model: str = ""
+    seed: int = 0
+    state: str = "queued"
+    chunk_frames: dict[str, int] = {}
+    ignored_words: tuple[str, ...] = ()
+    random_scene: bool = False
+    queue_position: int | None = None
+
+
+def read_opened(answer: Any) -> Opened:
+    """What the server said of a session, checked."""
+    try:
+        return msgspec.convert(answer, Opened)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(
+            f"the server's description of the session does not fit: {error}",
+            hint="is that address a TurboServe server of this version?",
+        ) from None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from turboserve.client.aio import AsyncSession
 from turboserve.client.chunk import Chunk, PromptUpdate
+from turboserve.client.retry import RetryPolicy
 from turboserve.errors import Conflict
 
 _T = TypeVar("_T")
@@ -41,31 +42,48 @@ class _LoopThread:
             self._loop.close()
 
 
+class Options(TypedDict, total=False):
+    """Options of a session; see AsyncSession."""
+
+    seed: int | None
+    model: str | None
+    format: str
+    pace: str | None
+    max_duration_s: float | None
+    steps: int | None
+    size: str | None
+    prompt_switch: str | None
+    allow_reduced_steps: bool | None
+    base_url: str | None
+    api_key: str | None
+    retry: RetryPolicy | None
+
+
 class Session:
-    """A video stream that is made while it is watched. Open one with `Session.open`; see `AsyncSession`."""
+    """A video stream that is made while it is watched. It is open once it exists; `with` ends it.
 
-    def __init__(self, thread: _LoopThread, inner: AsyncSession) -> None:
-        self._thread: _LoopThread | None = thread
-        self._inner = inner
+    Options and attributes are those of AsyncSession.
+    """
 
-    @classmethod
-    def open(cls, prompt: str, **options: Any) -> Session:
-        """Open a session; the options are those of `AsyncSession.open`."""
-        return cls._start(AsyncSession.open(prompt, **options))
+    def __init__(self, prompt: str, **options: Unpack[Options]) -> None:
+        self._start(lambda: AsyncSession.open(prompt, **options))
 
     @classmethod
     def attach(cls, session_id: str, token: str, **options: Any) -> Session:
         """Go on with a session that was opened elsewhere; the options are those of `AsyncSession.attach`."""
-        return cls._start(AsyncSession.attach(session_id, token, **options))
+        session = cls.__new__(cls)
+        session._start(lambda: AsyncSession.attach(session_id, token, **options))
+        return session
 
-    @classmethod
-    def _start(cls, opening: Coroutine[Any, Any, AsyncSession]) -> Session:
+    def _start(self, opening: Callable[[], Coroutine[Any, Any, AsyncSession]]) -> None:
+        self._thread: _LoopThread | None = None
         thread = _LoopThread()
         try:
-            return cls(thread, thread.call(opening))
+            self._inner = thread.call(opening())
         except BaseException:
             thread.stop()
             raise
+        self._thread = thread
 
     def __getattr__(self, name: str) -> Any:
         """Everything that is plain data on the asynchronous session: id, seed, fps, state, digest, ..."""

@@ -131,7 +131,7 @@ def figures(run: Run, start_us: int, end_us: int) -> dict[str, Any]:
         "chunks": delivered + shed,
         "delivered": delivered,
         "shed": shed,
-        "on_time_share": on_time / (delivered + shed) if delivered + shed else 1.0,
+        "on_time_share": on_time / (delivered + shed) if delivered + shed else 0.0,
         "service_s": spread(mine[:, R_FINISH] - mine[:, R_START]),
         "latency_s": spread(mine[:, R_FINISH] - mine[:, R_READY]),
         "first_chunk_s": spread(first[:, R_FINISH] - first[:, R_RELEASE]),

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from turboserve.orchestrator import autoscaling, demand, fairness, load_replay
+from turboserve.orchestrator.autoscaling import Level, ScaleMemory, level_of, mean_excess, target_workers
+from turboserve.orchestrator.demand import Demand, forecast, observe
+
+
+def test_mean_excess_equals_the_integral() -> None:
+    x = np.linspace(-200, 400, 600_001)
+    density = np.exp(-0.5 * ((x - 50) / 9) ** 2) / (9 * math.sqrt(2 * math.pi))
+    by_sum = float((np.maximum(0, x - 56) * density).sum() * (x[1] - x[0]))
+    assert mean_excess(56.0, 50.0, 9.0) == pytest.approx(by_sum, rel=1e-6)
+    assert mean_excess(56.0, 60.0, 0.0) == 4.0
+
+
+def test_target_without_spread_is_the_load() -> None:
+    assert [target_workers(n, 0.0, 4.0, 6.0, 1.0) for n in (0.0, 4.0, 4.1, 7.0)] == [1, 1, 2, 2]
+
+
+def test_a_dearer_latency_never_asks_for_fewer_workers() -> None:
+    targets = [target_workers(100.0, 10.0, 4.0, price, 1.0) for price in (0.1, 1.0, 3.0, 12.0, 50.0)]
+    assert targets == sorted(targets) and targets[0] == 25 and targets[-1] > 28
+
+
+def test_targets_equal_their_plain_twin() -> None:
+    for mean in (0.0, 3.3, 57.0):
+        for sigma in (0.0, 2.0, 8.0):
+            arguments = (mean, sigma, 4.0, 6.0, 1.0)
+            assert target_workers(*arguments) == target_workers.py_func(*arguments)
+
+
+def test_levels_by_volatility() -> None:
+    levels = (Level(0.0, 1.0, 1.0), Level(0.2, 2.0, 0.9))
+    assert [level_of(v, levels).price for v in (0.0, 0.19, 0.2, 3.0)] == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_the_hold_remembers_the_largest_target() -> None:
+    memory = ScaleMemory()
+    for now_s, target in ((0.0, 5), (1.0, 9), (2.0, 4), (3.0, 3)):
+        memory = autoscaling.remember(memory, target, now_s, 10.0)
+    assert memory.recent[0] == (1.0, 9)
+    assert autoscaling.remember(memory, 2, 11.5, 10.0).recent[0] == (2.0, 4)
+    assert not autoscaling.may_shrink(memory, 9.0, 10.0) and autoscaling.may_shrink(memory, 10.0, 10.0)
+
+
+def test_samples_fill_the_seconds_nobody_looked_at() -> None:
+    d = observe(observe(Demand(), 3, 0.0), 7, 4.2)
+    assert d.samples[-5:].tolist() == [3, 3, 3, 3, 7] and d.count == 5 and d.next_s == 5.0
+    assert observe(d, 8, 4.9) is d
+
+
+def test_chance_is_smoothed_and_a_surge_believed() -> None:
+    d = Demand()
+    for second in range(300):
+        d = observe(d, 100, float(second))
+    assert 100 < forecast(d, 110, 30.0).mean < 104
+    assert forecast(d, 160, 30.0).mean > 160
+    assert forecast(d, 110, 0.0).mean == 110
+
+
+def test_replay_bills_the_fleet_and_sees_who_has_no_room() -> None:
+    samples = np.full(1200, 40.0)
+    bill, excess, spread = load_replay.replay(samples, 30, 4.0, 0.01, 1.0, 15, 1.0, 300)
+    assert bill == 900 * 10 and excess == 0.0 and spread == 0.0
+    samples[600:] = 80.0
+    assert load_replay.replay(samples, 30, 4.0, 0.01, 1.0, 15, 1.0, 300)[1] > 0.01
+    arguments = (samples[:200], 20, 4.0, 6.0, 1.0, 10, 1.0, 50)
+    assert load_replay.replay(*arguments) == pytest.approx(load_replay.replay.py_func(*arguments))
+
+
+def test_refinement_lowers_the_price_in_calm_and_raises_it_over_budget() -> None:
+    d = Demand()
+    for second in range(900):
+        d = observe(d, 100, float(second))
+    calm = load_replay.refine(ScaleMemory(), d, 30.0, 4.0, 0.0, 900.0)
+    assert calm.price_factor < 1.0 and calm.refined_s == 900.0
+    assert load_replay.refine(ScaleMemory(), d, 30.0, 4.0, 0.05, 900.0).price_factor > 1.0
+
+
+def test_the_family_scales_the_deviation_and_keeps_the_mean() -> None:
+    rng = np.random.default_rng(3)
+    base = rng.poisson(60, 1200).astype(float)
+    segments = load_replay.family(base)
+    assert len(segments) == 10
+    spreads = [float(s.std()) for s in segments]
+    assert spreads == sorted(spreads)
+    assert all(abs(s.mean() - base.mean()) < 0.5 for s in segments)
+
+
+def test_profiled_levels_are_monotone() -> None:
+    rng = np.random.default_rng(5)
+    bases = [np.repeat(rng.poisson(40, 60), 20).astype(float)]
+    levels = load_replay.profile_levels(bases, 30, 4.0, (0.0, 0.1, 0.2))
+    assert [x.price for x in levels] == sorted(x.price for x in levels)
+    assert [x.rho for x in levels] == sorted((x.rho for x in levels), reverse=True)
+
+
+def test_shares_are_max_min_fair_by_weight() -> None:
+    def given(asked: list[float], weights: list[float], room: float) -> list[float]:
+        return fairness.shares(np.array(asked), np.array(weights), room).tolist()
+
+    assert given([10, 2], [1, 1], 8) == [6, 2]
+    assert given([10, 10], [3, 1], 8) == [6, 2]
+    assert given([1, 1], [1, 1], 8) == [1, 1]
+    assert given([0, 5], [1, 1], 4) == [0, 4]
+
+
+def test_demand_uses_whole_seconds_of_the_callers_clock() -> None:
+    assert observe(Demand(), 1, 100.7).next_s == 101.0
+    assert demand.SAMPLES_MAX > demand.WINDOW_S

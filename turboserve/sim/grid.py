@@ -1,0 +1,309 @@
+"""Many simulations: traces x profiles x policies x fleets x delays x seeds, in parallel, each row kept as it comes.
+
+A row holds the figures of report.json and what a comparison needs beside them. Rows are appended to a file, and cases
+that already have one are not run again, so an interrupted grid goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from turboserve.errors import ConfigError
+from turboserve.orchestrator.latency import LatencyProfile
+from turboserve.sim.batches import R_FINISH, R_START
+from turboserve.sim.clairvoyant import cheapest_fleet
+from turboserve.sim.events import US
+from turboserve.sim.files import write_run
+from turboserve.sim.policies import make_policy, policy_class
+from turboserve.sim.profile_files import load_profile
+from turboserve.sim.replay import Run, Settings, simulate
+from turboserve.sim.report import report
+from turboserve.sim.trace import ACTIVE, ARRIVE, DEPART, IDLE, Trace, demand, randomise_phases, read_trace, write_trace
+
+ON_TIME_LEAST = 0.999
+REDUCED_MOST = 0.02
+CURVE_POINTS = 240
+QUANTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.5, 99.9, 100)
+KEPT = (
+    *("chunks", "delivered", "shed", "on_time_share", "service_s", "latency_s", "first_chunk_s", "batch_n_max"),
+    *("worker_hours", "cost", "cost_per_on_time_video_hour", "workers", "migrations", "resumes", "suspends"),
+    *("scale_outs", "scale_ins", "reduced_step_share", "balance_excess", "tenants", "peak_active", "end_s"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One simulation. `fleet`: "scale", a number, "peak*1.3", or "least" (smallest that gives equal service)."""
+
+    trace: str
+    policy: str  # name[:knob=value[,knob=value]]
+    profile: str = "k4"
+    fleet: str = "scale"
+    provision_s: float = 30.0
+    seed: int = 0
+    """0: the trace as it is. Others: every session shifted by a part of a chunk drawn from the seed."""
+    steps_floor: int | None = None
+    warmup_s: float = 600.0
+    unit_workers: int = 1
+    audit: bool = False
+    curve: bool = False
+
+    @property
+    def key(self) -> str:
+        """Names the case among rows; two runs of it give the same row."""
+        said = dataclasses.asdict(self) | {"trace": trace_name(self.trace), "profile": Path(self.profile).stem}
+        said.pop("curve")
+        return json.dumps(said, sort_keys=True)
+
+
+def trace_name(path: str) -> str:
+    return Path(path).name.removesuffix(".gz").removesuffix(".csv")
+
+
+def group_of(name: str) -> str:
+    """The source that a trace came from: the word before its first underscore."""
+    return name.split("_")[0]
+
+
+def parse_policy(spec: str) -> tuple[str, dict[str, float]]:
+    """`hpa:target=0.6` as ("hpa", {"target": 0.6})."""
+    name, _, rest = spec.partition(":")
+    knobs: dict[str, float] = {}
+    for pair in filter(None, rest.split(",")):
+        knob, _, value = pair.partition("=")
+        try:
+            knobs[knob] = float(value)
+        except ValueError:
+            raise ConfigError(f"policy {spec!r}", expected="name:knob=number,knob=number") from None
+    return name, knobs
+
+
+def gives_service(row: dict[str, Any]) -> bool:
+    """Equal service: >= 99.9% of chunks on time, none shed, <= 2% with reduced steps."""
+    return row["on_time_share"] >= ON_TIME_LEAST and row["shed"] == 0 and row["reduced_step_share"] <= REDUCED_MOST
+
+
+@lru_cache(maxsize=4)
+def _trace(path: str, seed: int, chunk_s: float) -> Trace:
+    trace = read_trace(path)
+    return randomise_phases(trace, seed, chunk_s) if seed else trace
+
+
+def _profile(case: Case) -> LatencyProfile:
+    profile = load_profile(case.profile)
+    return dataclasses.replace(profile, provision_s=case.provision_s, provision_unit_workers=case.unit_workers)
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Simulate one case (or search its least fleet) and answer its row."""
+    profile = _profile(case)
+    trace = _trace(case.trace, case.seed, profile.chunk_s)
+    peak_workers = max(1, math.ceil(demand(trace).peak_in(0, trace.horizon_us) / profile.capacity))
+    if case.fleet == "least":
+        row = _least_fleet(case, trace, profile, peak_workers)
+    else:
+        row = _simulate(case, trace, profile, _fleet_size(case.fleet, peak_workers))
+    return {"key": case.key, "peak_workers": peak_workers} | row
+
+
+def _fleet_size(fleet: str, peak_workers: int) -> int | None:
+    if fleet == "scale":
+        return None
+    try:
+        if fleet.startswith("peak"):
+            return math.ceil(peak_workers * float(fleet.removeprefix("peak").removeprefix("*") or 1) - 1e-9)
+        return int(fleet)
+    except ValueError:
+        raise ConfigError(f"fleet {fleet!r}", expected="scale, least, a number, or peak*1.3") from None
+
+
+def _least_fleet(case: Case, trace: Trace, profile: LatencyProfile, peak_workers: int) -> dict[str, Any]:
+    """The smallest fixed fleet that gives equal service, by bisection upwards from the peak's fleet.
+
+    Service need not be monotone in the fleet to the last worker; the answer is checked to give it, its smaller
+    neighbour in the search not to.
+    """
+    tried: dict[int, dict[str, Any]] = {}
+
+    def serves(workers: int) -> bool:
+        if workers not in tried:
+            tried[workers] = _simulate(case, trace, profile, workers)
+        return gives_service(tried[workers])
+
+    low, high = 0, max(1, peak_workers)
+    while not serves(high):
+        low, high = high, math.ceil(high * 1.25) + 1
+        if high > 20 * peak_workers + 20:
+            return tried[max(tried)] | {"least_found": False}
+    if low == 0:
+        low = max(0, math.floor(high * 0.5))
+        while low and serves(low):
+            low, high = math.floor(low * 0.5), low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if serves(middle) else (middle, high)
+    return tried[high] | {"least_found": True, "fleets_tried": len(tried)}
+
+
+def _simulate(case: Case, trace: Trace, profile: LatencyProfile, workers: int | None) -> dict[str, Any]:
+    name, knobs = parse_policy(case.policy)
+    if workers is None and not policy_class(name).scales:
+        raise ConfigError(f"{name} does not scale", expected="--fleet with a size for it")
+    initial = -(-2 // case.unit_workers) * case.unit_workers
+    settings = Settings(
+        workers=workers,
+        initial_workers=initial,
+        provision_s=case.provision_s,
+        warmup_s=case.warmup_s,
+        steps_floor=case.steps_floor,
+        seed=case.seed,
+    )
+    policy = make_policy(name, scaling=workers is None, provision_s=case.provision_s, **knobs)
+    run = simulate(trace, profile, policy, settings)
+    figures = report(run)
+    row: dict[str, Any] = {
+        "trace": trace_name(case.trace),
+        "group": group_of(trace_name(case.trace)),
+        "profile": profile.name,
+        "policy": name,
+        "knobs": knobs,
+        "fleet": case.fleet,
+        "fixed_workers": workers,
+        "provision_s": case.provision_s,
+        "unit_workers": case.unit_workers,
+        "seed": case.seed,
+        "steps_floor": case.steps_floor,
+    } | {k: figures[k] for k in KEPT}
+    row["reference_worker_hours"] = reference_hours(trace, case, profile)
+    row["session_hours"] = session_hours(trace)
+    row["moves_per_session_hour"] = row["migrations"] / max(1e-9, row["session_hours"])
+    row["equal_service"] = gives_service(row)
+    if case.audit:
+        row["violations"] = _audit(run, figures, trace, profile)
+    if case.curve:
+        row["curve"] = curve(run)
+        row["service_quantiles_s"] = _service_quantiles(run, case.warmup_s)
+    return row
+
+
+def active_periods(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """Nominal starts and ends of all active periods, in seconds."""
+    starts, ends = [], []
+    running: dict[int, int] = {}
+    for session, event, time_us in zip(
+        trace.session.tolist(), trace.event.tolist(), trace.time_us.tolist(), strict=True
+    ):
+        if event == ACTIVE:
+            running[session] = time_us
+        elif event in (IDLE, DEPART) and session in running:
+            starts.append(running.pop(session) / US)
+            ends.append(time_us / US)
+    return np.array(starts), np.array(ends)
+
+
+def reference_hours(trace: Trace, case: Case, profile: LatencyProfile) -> float:
+    """The clairvoyant's bill for the case's trace, delay, warm-up and unit."""
+    starts, ends = active_periods(trace)
+    return cheapest_fleet(
+        starts,
+        ends,
+        capacity=profile.capacity,
+        provision_s=case.provision_s,
+        warmup_s=case.warmup_s,
+        end_s=trace.horizon_us / US,
+        unit_workers=case.unit_workers,
+    ).worker_hours
+
+
+def session_hours(trace: Trace) -> float:
+    """Summed open time of all sessions."""
+    arrived = trace.time_us[trace.event == ARRIVE].sum()
+    return float(trace.time_us[trace.event == DEPART].sum() - arrived) / US / 3600
+
+
+def curve(run: Run) -> dict[str, list[float]]:
+    """Demand and fleet over time, as means over equal spans (so that short peaks do not vanish between samples)."""
+    times = np.array(run.timeline.time_us, np.int64)
+    edges = np.linspace(0, run.end_us, CURVE_POINTS + 1)
+    until = np.append(times[1:], run.end_us)
+    out: dict[str, list[float]] = {"time_s": np.round(edges[:-1] / US, 1).tolist()}
+    for name in ("active", "ready", "billed", "fullest"):
+        values = np.array(getattr(run.timeline, name), float)
+        area = np.concatenate([[0.0], np.cumsum(values * (until - times))])
+        at = np.interp(edges, np.append(times, run.end_us), area)
+        out[name] = np.round(np.diff(at) / np.diff(edges), 2).tolist()
+    return out
+
+
+def _service_quantiles(run: Run, warmup_s: float) -> list[float]:
+    rows = run.rows[run.rows[:, R_START] >= warmup_s * US]
+    if not len(rows):
+        return []
+    return np.round(np.percentile((rows[:, R_FINISH] - rows[:, R_START]) / US, QUANTILES), 4).tolist()
+
+
+def _audit(run: Run, figures: dict[str, Any], trace: Trace, profile: LatencyProfile) -> dict[str, int]:
+    """How often each rule was broken, by the independent auditor."""
+    from turboserve.audit.audit import audit_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        write_run(run, figures, place / "run")
+        write_trace(trace, place / "trace.csv.gz")
+        (place / "profile.json").write_text(json.dumps(dataclasses.asdict(profile)))
+        answer = audit_run(place / "run", place / "trace.csv.gz", str(place / "profile.json"), {})
+    return dict(answer["violation_counts"])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a grid so far; none when there is no file. A last line cut short by an interruption is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def run_grid(
+    cases: Iterable[Case], path: Path, *, jobs: int, tell: Callable[[int, int, dict[str, Any] | None], None]
+) -> list[dict[str, Any]]:
+    """Run the cases that have no row in `path` yet, append theirs, and answer all rows of the cases asked for.
+
+    `tell(done, total, row)` is called after each case, for a progress bar.
+    """
+    wanted = {case.key: case for case in cases}
+    rows = {row["key"]: row for row in read_rows(path) if row["key"] in wanted}
+    todo = [case for key, case in wanted.items() if key not in rows]
+    tell(len(rows), len(wanted), None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Spawned, not forked: numba's threads and locks do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with path.open("a") as out, ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running = {pool.submit(run_case, case): case for case in todo}
+        try:
+            for finished in as_completed(running):
+                row = finished.result()
+                rows[row["key"]] = row
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+                tell(len(rows), len(wanted), row)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [rows[key] for key in wanted]

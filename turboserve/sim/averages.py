@@ -41,23 +41,27 @@ def average(values: Iterable[tuple[str, str, float]]) -> dict[str, Any]:
     if mean is None:
         return {"mean": None, "low": None, "high": None, "groups": 0, "traces": 0, "values": 0}
     rng = np.random.default_rng(SEED)
-    groups = [[np.array(seeds) for seeds in traces.values()] for traces in tree.values()]
-    draws = np.empty(DRAWS)
-    for i in range(DRAWS):
-        total = 0.0
-        for g in rng.integers(0, len(groups), len(groups)):
-            traces = groups[g]
-            picked = [traces[t] for t in rng.integers(0, len(traces), len(traces))]
-            total += sum(seeds[rng.integers(0, seeds.size, seeds.size)].mean() for seeds in picked) / len(picked)
-        draws[i] = total / len(groups)
+    # One column of draws a group: seeds within each trace, then traces within the group, then the groups themselves.
+    columns = np.empty((DRAWS, len(tree)))
+    everyone = np.arange(DRAWS)[:, None]
+    for number, traces in enumerate(tree.values()):
+        drawn = np.stack(
+            [
+                np.array(seeds)[rng.integers(0, len(seeds), (DRAWS, len(seeds)))].mean(axis=1)
+                for seeds in traces.values()
+            ],
+            axis=1,
+        )
+        columns[:, number] = drawn[everyone, rng.integers(0, len(traces), (DRAWS, len(traces)))].mean(axis=1)
+    draws = columns[everyone, rng.integers(0, len(tree), (DRAWS, len(tree)))].mean(axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return {
         "mean": mean,
         "low": float(low),
         "high": float(high),
-        "groups": len(groups),
-        "traces": sum(len(traces) for traces in groups),
-        "values": sum(len(seeds) for traces in groups for seeds in traces),
+        "groups": len(tree),
+        "traces": sum(len(traces) for traces in tree.values()),
+        "values": sum(len(seeds) for traces in tree.values() for seeds in traces.values()),
     }
 
 

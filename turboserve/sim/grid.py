@@ -11,7 +11,7 @@ import json
 import math
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
@@ -177,6 +177,7 @@ def _simulate(case: Case, trace: Trace, profile: LatencyProfile, workers: int | 
         "trace": trace_name(case.trace),
         "group": group_of(trace_name(case.trace)),
         "profile": profile.name,
+        "capacity": profile.capacity,
         "policy": name,
         "knobs": knobs,
         "fleet": case.fleet,
@@ -292,18 +293,24 @@ def run_grid(
     todo = [case for key, case in wanted.items() if key not in rows]
     tell(len(rows), len(wanted), None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Spawned, not forked: numba's threads and locks do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with path.open("a") as out, ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        running = {pool.submit(run_case, case): case for case in todo}
-        try:
-            for finished in as_completed(running):
-                row = finished.result()
-                rows[row["key"]] = row
-                out.write(json.dumps(row) + "\n")
-                out.flush()
-                tell(len(rows), len(wanted), row)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with path.open("a") as out:
+        for row in _results(todo, jobs):
+            rows[row["key"]] = row
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            tell(len(rows), len(wanted), row)
     return [rows[key] for key in wanted]
+
+
+def _results(cases: list[Case], jobs: int) -> Iterator[dict[str, Any]]:
+    """Rows as they come; in this process where one job is enough."""
+    if jobs == 1 or len(cases) < 2:
+        yield from map(run_case, cases)
+        return
+    # Spawned, not forked: numba's threads and locks do not survive a fork.
+    pool = ProcessPoolExecutor(min(jobs, len(cases)), mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for finished in as_completed([pool.submit(run_case, case) for case in cases]):
+            yield finished.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -235,6 +235,8 @@ class FleetPolicy:
 
     name = "fleet"
     scales = True
+    tuning: tuple[dict[str, float], ...] = ()
+    """Knob settings that the tuning command tries."""
 
     def __init__(self, *, scaling: bool = True) -> None:
         self.scaling = scaling

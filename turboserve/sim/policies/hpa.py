@@ -25,6 +25,7 @@ class Hpa(FleetPolicy):
     """Recommends at every sync; between syncs only sessions are placed."""
 
     name = "hpa"
+    tuning = tuple({"target": t} for t in (0.5, 0.6, 0.7, 0.8, 0.9))
 
     def __init__(self, *, scaling: bool = True, target: float = 0.7) -> None:
         super().__init__(scaling=scaling)

@@ -25,6 +25,7 @@ class Kpa(FleetPolicy):
     """Averages concurrency over time, exactly, from the moments at which it is asked."""
 
     name = "kpa"
+    tuning = tuple({"target": t} for t in (0.4, 0.5, 0.6, 0.7, 0.8))
 
     def __init__(self, *, scaling: bool = True, target: float = 0.7) -> None:
         super().__init__(scaling=scaling)

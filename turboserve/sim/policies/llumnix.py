@@ -25,6 +25,9 @@ class Llumnix(FleetPolicy):
     """Virtual usage: active sessions on workers and those waiting for one."""
 
     name = "llumnix"
+    tuning = tuple(
+        {"up": up, "down": down} for up, down in ((0.5, 0.3), (0.6, 0.4), (0.7, 0.5), (0.8, 0.6), (0.9, 0.7))
+    )
 
     def __init__(self, *, scaling: bool = True, up: float = 0.8, down: float = 0.6, step_share: float = 0.1) -> None:
         super().__init__(scaling=scaling)

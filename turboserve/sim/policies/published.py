@@ -28,6 +28,7 @@ class Published(FleetPolicy):
     """`eta` weighs the seconds that a move takes against the seconds by which it lowers the bottleneck."""
 
     name = "published"
+    tuning = tuple({"rho": r} for r in (0.5, 0.6, 0.7, 0.8, 0.9))
 
     def __init__(self, *, scaling: bool = True, rho: float = 0.9, eta: float = 0.0) -> None:
         super().__init__(scaling=scaling)

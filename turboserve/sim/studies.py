@@ -1,0 +1,237 @@
+"""The studies of `turboserve compare`: which cases each runs, and what is concluded from their rows.
+
+service   worker-hours at equal service: scaling policies as they are, static ones with their smallest sufficient fleet
+latency   chunk latency at equal fleets of ceil(peak active / capacity) workers times 1.0, 1.3 and 1.6
+tune      every knob setting that a scaling baseline declares; the best one is kept, for all traces and for each
+ablation  our policy with one part turned off at a time
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from turboserve.sim.averages import average, paired
+from turboserve.sim.grid import Case, parse_policy
+from turboserve.sim.policies import POLICIES, policy_class
+
+STUDIES = ("service", "latency", "tune", "ablation")
+FLEET_FACTORS = ("1.0", "1.3", "1.6")
+BALANCED_ALREADY = "azure"
+"""Sessions there never pause: least-loaded is perfect, so the group is shown apart in the latency study."""
+PARTS = ("migrate", "scale", "volatility", "slack", "brownout", "forecast")
+
+Row = dict[str, Any]
+Tuned = dict[str, dict[str, dict[str, dict[str, float]]]]  # profile -> delay -> policy -> knobs
+
+
+def cases_of(
+    study: str,
+    traces: list[str],
+    profiles: list[str],
+    policies: list[str],
+    delays_s: list[float],
+    seeds: list[int],
+    *,
+    tuned: Tuned | None = None,
+    steps_floor: int | None = None,
+    unit_workers: int = 1,
+    audit: bool = False,
+) -> list[Case]:
+    """The cases of a study, small things first within each policy."""
+    cases = []
+    for delay_s in delays_s:
+        for profile in profiles:
+            for policy, fleet in _policies_of(study, policies):
+                spec = with_knobs(policy, tuned, profile, delay_s) if study != "tune" else policy
+                for trace in traces:
+                    for seed in seeds:
+                        cases.append(
+                            Case(
+                                trace=trace,
+                                policy=spec,
+                                profile=profile,
+                                fleet=fleet,
+                                provision_s=delay_s,
+                                seed=seed,
+                                steps_floor=steps_floor if parse_policy(spec)[0] == "turboserve" else None,
+                                unit_workers=unit_workers,
+                                audit=audit,
+                                curve=seed == seeds[0],
+                            )
+                        )
+    return cases
+
+
+def _policies_of(study: str, policies: list[str]) -> list[tuple[str, str]]:
+    """(policy spec, fleet) pairs of a study."""
+    if study == "latency":
+        return [(spec, f"peak*{factor}") for factor in FLEET_FACTORS for spec in policies]
+    if study == "tune":
+        found = []
+        for spec in policies:
+            for knobs in getattr(policy_class(parse_policy(spec)[0]), "tuning", ()):
+                found.append((spec_of(parse_policy(spec)[0], knobs), "scale"))
+        return found
+    if study == "ablation":
+        off = [f"turboserve:{part}=0" for part in PARTS]
+        # Without scaling the fleet must have a size: the smallest that serves.
+        return [(spec, "least" if "scale=0" in spec else "scale") for spec in ("turboserve", *off, "published")]
+    return [(spec, "scale" if policy_class(parse_policy(spec)[0]).scales else "least") for spec in policies]
+
+
+def spec_of(name: str, knobs: dict[str, float]) -> str:
+    return name + (":" + ",".join(f"{k}={v:g}" for k, v in knobs.items()) if knobs else "")
+
+
+def with_knobs(spec: str, tuned: Tuned | None, profile: str, delay_s: float) -> str:
+    """The spec with its tuned knobs; knobs that it names itself win."""
+    name, knobs = parse_policy(spec)
+    from turboserve.sim.grid import trace_name
+
+    found = (tuned or {}).get(trace_name(profile).removesuffix(".json"), {}).get(f"{delay_s:g}", {}).get(name, {})
+    return spec_of(name, found | knobs)
+
+
+def default_policies(study: str) -> list[str]:
+    """What a study compares when nobody says."""
+    if study == "tune":
+        return [name for name in POLICIES if getattr(policy_class(name), "tuning", ())]
+    return list(POLICIES)
+
+
+def label(row: Row) -> str:
+    """How a row's policy is called in tables: with its knobs."""
+    return spec_of(row["policy"], row["knobs"])
+
+
+def settings_of(rows: list[Row]) -> list[tuple[str, float]]:
+    return sorted({(row["profile"], row["provision_s"]) for row in rows})
+
+
+def choose_knobs(rows: list[Row]) -> Tuned:
+    """Per profile, delay and policy one setting for all traces: most traces at equal service, then least cost.
+
+    Cost is the mean over traces of worker-hours over the clairvoyant's, so that large traces do not decide alone.
+    """
+    tuned: Tuned = {}
+    for profile, delay_s in settings_of(rows):
+        mine = [row for row in rows if (row["profile"], row["provision_s"]) == (profile, delay_s)]
+        by_knobs: dict[str, list[Row]] = defaultdict(list)
+        for row in mine:
+            by_knobs[label(row)].append(row)
+        for name in sorted({row["policy"] for row in mine}):
+            options = [group for group in by_knobs.values() if group[0]["policy"] == name]
+            best = min(options, key=lambda group: (-sum(row["equal_service"] for row in group), cost_ratio(group)))
+            tuned.setdefault(profile, {}).setdefault(f"{delay_s:g}", {})[name] = best[0]["knobs"]
+    return tuned
+
+
+def cost_ratio(rows: list[Row]) -> float:
+    """Mean of worker-hours over the clairvoyant's."""
+    return sum(row["worker_hours"] / max(1e-9, row["reference_worker_hours"]) for row in rows) / len(rows)
+
+
+def conclude(rows: list[Row]) -> dict[str, Any]:
+    """Averages with intervals, by profile and delay, of whatever studies the rows hold."""
+    out: dict[str, Any] = {}
+    for profile, delay_s in settings_of(rows):
+        mine = [row for row in rows if (row["profile"], row["provision_s"]) == (profile, delay_s)]
+        out[f"{profile} D={delay_s:g}"] = {"service": _service(mine), "latency": _latency(mine)}
+    return out
+
+
+def _service(rows: list[Row]) -> dict[str, Any]:
+    """Of each policy that scales or found its fleet: cost beside the clairvoyant and beside static least-loaded."""
+    free = [row for row in rows if row["fleet"] in ("scale", "least")]
+    base = [row for row in free if row["policy"] == "static-least" and row["fleet"] == "least" and row["equal_service"]]
+    found: dict[str, Any] = {}
+    for name in _labels(free):
+        mine = [row for row in free if label(row) == name]
+        served = [row for row in mine if row["equal_service"]]
+        found[name] = {
+            "runs": len(mine),
+            "runs_at_equal_service": len(served),
+            "traces_at_equal_service": sorted({row["trace"] for row in served}),
+            "over_clairvoyant": average(
+                (row["group"], row["trace"], row["worker_hours"] / row["reference_worker_hours"])
+                for row in mine
+                if row["reference_worker_hours"]
+            ),
+            "saved_against_static_least": average(paired(served, base, "worker_hours")),
+            "on_time_share": average((row["group"], row["trace"], row["on_time_share"]) for row in mine),
+            "reduced_step_share": average((row["group"], row["trace"], row["reduced_step_share"]) for row in mine),
+            "dollars_per_on_time_video_hour": average(
+                (row["group"], row["trace"], row["cost_per_on_time_video_hour"])
+                for row in mine
+                if row["cost_per_on_time_video_hour"] is not None
+            ),
+        }
+    return found
+
+
+def _latency(rows: list[Row]) -> dict[str, Any]:
+    """At each fleet factor: latency beside static least-loaded and round robin, balance and moves."""
+    found: dict[str, Any] = {}
+    for fleet in sorted({row["fleet"] for row in rows if row["fleet"].startswith("peak")}):
+        here = [row for row in rows if row["fleet"] == fleet]
+        bases = {name: [row for row in here if row["policy"] == name] for name in ("static-least", "static-rr")}
+        found[fleet] = {}
+        for name in _labels(here):
+            mine = [row for row in here if label(row) == name]
+            swings = [row for row in mine if row["group"] != BALANCED_ALREADY]
+            figures: dict[str, Any] = {"runs": len(mine)}
+            for base, base_rows in bases.items():
+                figures[f"worst_service_lower_than_{base}"] = average(
+                    paired(swings, base_rows, "service_s", part="max")
+                )
+            for figure in ("service_s", "latency_s"):
+                for part in ("p50", "mean", "p99", "max"):
+                    figures[f"{figure.removesuffix('_s')}_{part}_s"] = average(
+                        (row["group"], row["trace"], row[figure][part])
+                        for row in swings
+                        if row[figure][part] is not None
+                    )
+            for figure in ("balance_excess", "moves_per_session_hour", "on_time_share"):
+                figures[figure] = average((row["group"], row["trace"], row[figure]) for row in swings)
+            figures[f"worst_service_s_{BALANCED_ALREADY}"] = average(
+                (row["group"], row["trace"], row["service_s"]["max"])
+                for row in mine
+                if row["group"] == BALANCED_ALREADY and row["service_s"]["max"] is not None
+            )
+            found[fleet][name] = figures
+    return found
+
+
+def _labels(rows: list[Row]) -> list[str]:
+    """Policies in the order of POLICIES, each with its knobs."""
+    order = {name: number for number, name in enumerate(POLICIES)}
+    return sorted({label(row) for row in rows}, key=lambda name: (order[parse_policy(name)[0]], name))
+
+
+def cheaper_baselines(rows: list[Row]) -> list[dict[str, Any]]:
+    """Where a baseline at equal service costs less than our policy, or ours does not give that service."""
+    found = []
+    free = [row for row in rows if row["fleet"] in ("scale", "least")]
+    plain = [row for row in free if row["policy"] == "turboserve" and not row["knobs"]]
+    for own in plain:
+        rivals = [
+            row
+            for row in free
+            if row["policy"] != "turboserve"
+            and row["equal_service"]
+            and all(row[k] == own[k] for k in ("trace", "profile", "provision_s", "seed", "unit_workers"))
+            and (row["worker_hours"] < own["worker_hours"] or not own["equal_service"])
+        ]
+        if rivals:
+            best = min(rivals, key=lambda row: row["worker_hours"])
+            found.append(
+                {k: own[k] for k in ("trace", "profile", "provision_s", "seed")}
+                | {
+                    "ours": own["worker_hours"],
+                    "ours_at_equal_service": own["equal_service"],
+                    "rival": label(best),
+                    "rival_worker_hours": best["worker_hours"],
+                }
+            )
+    return found

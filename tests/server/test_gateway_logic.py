@@ -73,7 +73,7 @@ class Story(RuleBasedStateMachine):
 
     def new_logic(self) -> GatewayLogic:
         limits = Limits(attach_grace_s=1000.0, slow_close_s=60.0)
-        wide = Quotas(sessions=9, creates_per_min=10_000, attaches_per_min=100_000, connections=9, session_s=1e6)
+        wide = Quotas(sessions=9, creates_per_min=10_000, attaches_per_min=100_000, session_s=1e6)
         logic = GatewayLogic(limits, WIDE_QUOTAS, wide, lambda: next(self.tokens))
         logic.controller_connected(self.now_s)
         return logic

@@ -33,7 +33,7 @@ from turboserve.server.effects import (
 from turboserve.server.gateway_config import GatewayConfig
 from turboserve.server.gateway_logic import GatewayLogic, NewSession
 from turboserve.server.input_log import InputLog, read_log, rewrite_log
-from turboserve.server.log_records import LoggedSession, replay
+from turboserve.server.log_records import Ended, LoggedSession, Opened, Record, Rotated, replay
 from turboserve.server.pacing import StreamClock
 from turboserve.server.session_stream import SessionStream, StoredChunk, StreamShape
 
@@ -230,6 +230,7 @@ class Gateway:
                     assert self._input_log is not None
                     self._appended.append((self._input_log.append(effect.record), self.now()))
                     self.metrics.log_records.inc()
+                    self._tell(effect.record)
                 case ToWorker():
                     self._send(self._workers.get(effect.worker_id), effect.message)
                 case ToController():
@@ -251,6 +252,16 @@ class Gateway:
                 case Measure():
                     self.metrics.measure(effect.name, effect.value)
         self._arm()
+
+    def _tell(self, record: Record) -> None:
+        """The log of a session's life: ids and reasons, never prompts or tokens."""
+        match record:
+            case Opened():
+                self.log.info("session opened", session=record.sid, tenant=record.tenant, model=record.model)
+            case Rotated():
+                self.log.debug("viewer attached", session=record.sid)
+            case Ended():
+                self.log.info("session ended", session=record.sid, reason=record.reason, failed=record.failed)
 
     def _send(self, send: Send | None, message: messages.Message) -> None:
         """What a peer that is gone should have got is sent again by the logic when it is back."""

@@ -29,11 +29,10 @@ class Quotas:
     creates_per_min: int = 6
     attaches_per_min: int = 30
     """Of one session: a viewer on a bad network reconnects often, a thief's script more often still."""
-    connections: int = 20
     session_s: float = 1800.0
 
 
-WIDE_QUOTAS = Quotas(sessions=256, creates_per_min=6000, attaches_per_min=600, connections=512, session_s=86_400.0)
+WIDE_QUOTAS = Quotas(sessions=256, creates_per_min=6000, attaches_per_min=600, session_s=86_400.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,6 @@ class Limits:
     slow_close_s: float = 60.0
     attach_grace_s: float = 120.0
     queue_length: int = 64
-    queue_wait_s: float = 600.0
     ended_kept: int = 1000
     ended_kept_s: float = 3600.0
     videos_kept: int = 64
@@ -93,7 +91,6 @@ class GatewayConfig:
     ssl_keyfile: str = ""
     chunk_target_s: float | None = None
     playback_rate: float = 1.0
-    record_dir: str = ""
     shutdown_timeout_s: float = 10.0
     encoder_threads: int = 2
     log_format: str = "console"

@@ -21,7 +21,7 @@ class Record(msgspec.Struct, tag_field="t", tag=True, frozen=True, kw_only=True,
     sid: str
 
 
-class Opened(Record, kw_only=True):
+class Opened(Record, kw_only=True, frozen=True):
     """A session exists. Durable before its id is given out."""
 
     tenant: str
@@ -42,14 +42,14 @@ class Opened(Record, kw_only=True):
     wide: bool = False
 
 
-class Rotated(Record, kw_only=True):
+class Rotated(Record, kw_only=True, frozen=True):
     """A viewer attached and got a new token. Durable before the viewer sees the token."""
 
     token_hash: str
     token_hash_prev: str
 
 
-class Bound(Record, kw_only=True):
+class Bound(Record, kw_only=True, frozen=True):
     """The inputs of chunk `index`. Durable before the credit is sent. `prompt` is there when it changed."""
 
     index: int
@@ -58,14 +58,14 @@ class Bound(Record, kw_only=True):
     prompt: str | None = None
 
 
-class Frontier(Record, kw_only=True):
+class Frontier(Record, kw_only=True, frozen=True):
     """The viewer holds everything below `delivered`; `digest` is the chain's value there."""
 
     delivered: int
     digest: str
 
 
-class Ended(Record, kw_only=True):
+class Ended(Record, kw_only=True, frozen=True):
     """Nothing follows. `failed` tells a failure from an end that was asked for."""
 
     reason: str

@@ -25,36 +25,36 @@ class ViewerMessage(msgspec.Struct, tag_field="type", tag=str.lower, frozen=True
     """Base; `type` on the wire is the class name in lower case."""
 
 
-class Attach(ViewerMessage):
+class Attach(ViewerMessage, frozen=True):
     token: Annotated[str, msgspec.Meta(max_length=256)]
     next_index: Annotated[int, msgspec.Meta(ge=0, le=_INDEX_MAX)] = 0
     format: str | None = None
     pace: str | None = None
 
 
-class Prompt(ViewerMessage):
+class Prompt(ViewerMessage, frozen=True):
     text: str
     event_id: Annotated[str, msgspec.Meta(max_length=128)] | None = None
     from_index: Annotated[int, msgspec.Meta(ge=0, le=_INDEX_MAX)] | None = None
 
 
-class Pause(ViewerMessage):
+class Pause(ViewerMessage, frozen=True):
     pass
 
 
-class Resume(ViewerMessage):
+class Resume(ViewerMessage, frozen=True):
     pass
 
 
-class Ack(ViewerMessage):
+class Ack(ViewerMessage, frozen=True):
     index: Annotated[int, msgspec.Meta(ge=0, le=_INDEX_MAX)]
 
 
-class Stop(ViewerMessage):
+class Stop(ViewerMessage, frozen=True):
     pass
 
 
-class Ping(ViewerMessage):
+class Ping(ViewerMessage, frozen=True):
     t: float | None = None
 
 

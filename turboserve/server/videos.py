@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from turboserve.server.encode import Encoder
 from turboserve.server.gateway import Gateway
 from turboserve.server.gateway_logic import NewSession
 from turboserve.server.pacing import Pace
-from turboserve.server.session_stream import StoredChunk
+from turboserve.server.session_stream import SessionStream, StoredChunk
 
 
 @dataclass(slots=True)
@@ -147,8 +148,7 @@ class VideoJobs:
                     job.status = "in_progress"
                     await loop.run_in_executor(gateway.encoders, _append, file, encoder, chunk)
                     job.done += 1
-                    index = chunk.index
-                    gateway.act(connection, sid, lambda session, now_s, i=index: session.ack(connection, i, now_s))
+                    gateway.act(connection, sid, partial(_ack, connection, chunk.index))
             job.status = "completed" if job.error is None else "failed"
         except OSError as error:
             gateway.log.error("video file failed", video=sid, error=str(error))
@@ -161,6 +161,10 @@ class VideoJobs:
                 gateway.end(sid, None, "video_done")
             if job.status != "completed":
                 job.path.unlink(missing_ok=True)
+
+
+def _ack(connection: int, index: int, session: SessionStream, now_s: float) -> None:
+    session.ack(connection, index, now_s)
 
 
 async def _next(job: VideoJob) -> StoredChunk | None:

@@ -45,7 +45,7 @@ def test_observation_follows_a_machine_that_slowed_down():
 def test_calibration_measures_and_gives_all_back():
     model = TinyModel()
     pool = KvPool(model.state_layout(), 8)
-    cost = calibrate(model, pool, segment_max=8)
+    cost = calibrate(model, pool, segment_max=8, budget_s=60)
     assert pool.held_bytes() == 0
     assert sorted(cost.by_count_s) == [1, 2, 4, 8]
     assert cost.base_s >= 0 and cost.fitted_token_s >= 0 and cost.pass_s(16) > 0

@@ -17,7 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from turboserve.model.interface import ChunkRequest, Control, Segment, StreamingModel, pack
+import torch
+
+from turboserve.model.interface import ChunkRequest, Control, Segment, SessionTensors, StreamingModel, pack
 from turboserve.orchestrator.batching import PassCost, ReadySegment
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.session_tensors import hold_session
@@ -129,19 +131,23 @@ def calibrate(
     pool: KvPool,
     *,
     segment_max: int,
+    count_max: int = 8,
     repeats: int = 3,
     budget_s: float = 3.0,
-    clock: Callable[[], float] = time.perf_counter,
-    synchronize: Callable[[], None] = lambda: None,
 ) -> MeasuredCost:
-    """Time packed first denoise steps of 1, 2, 4, ... sessions in free slots, and fit.
+    """Time packed denoise steps of 1, 2, 4, ... `count_max` sessions in free slots, and fit. All slots are given back.
 
-    A full window costs more than an empty one, so the sessions first run a few chunks with decode left out. The best of
-    `repeats` counts: other processes only ever add time. Stops early after `budget_s`. All slots are given back.
+    On a CPU the clock is this thread's own time: beside other busy processes wall time says more of them than of us,
+    and what matters here is how the cost grows; the correction turns it into wall time once passes run. The best of
+    `repeats` counts. A full window costs more than an empty one, so the sessions first run chunks, without decode,
+    until it is full. Stops early after `budget_s`.
     """
     counts = [1]
-    while counts[-1] * 2 <= min(segment_max, pool.free_count):
+    while counts[-1] * 2 <= min(segment_max, count_max, pool.free_count):
         counts.append(counts[-1] * 2)
+    on_cuda = model.device.type == "cuda"
+    synchronize: Callable[[], object] = torch.cuda.synchronize if on_cuda else (lambda: None)
+    clock = time.perf_counter if on_cuda else time.thread_time
     started_s = clock()
     names = [f"calibrate{index:02d}".ljust(26, "a") for index in range(counts[-1])]
     held = []
@@ -150,7 +156,7 @@ def calibrate(
         control = Control(prompt="")
         for index, name in enumerate(names):
             held.append(hold_session(pool, model, name, seed=index, control=control))
-        for chunk_index in range(model.spec.slot.page_count + 1):
+        for chunk_index in range(model.spec.slot.page_count):
             if clock() - started_s > budget_s / 2:
                 break
             _advance_all(model, [one.state for one in held], chunk_index)
@@ -177,14 +183,14 @@ def calibrate(
     return cost
 
 
-def _first_segment(model: StreamingModel, state, chunk_index: int) -> Segment:
+def _first_segment(model: StreamingModel, state: SessionTensors, chunk_index: int) -> Segment:
     request = ChunkRequest(chunk_index, model.spec.denoise_steps, Control(prompt=""))
     return model.next_passes(state, request)[0]
 
 
-def _advance_all(model: StreamingModel, states, chunk_index: int) -> None:
+def _advance_all(model: StreamingModel, states: Sequence[SessionTensors], chunk_index: int) -> None:
     """Run one chunk of every session without decoding it."""
-    request = ChunkRequest(chunk_index, model.spec.denoise_steps, Control(prompt=""))
+    request = ChunkRequest(chunk_index, model.spec.denoise_steps_floor, Control(prompt=""))
     lists = [model.next_passes(state, request) for state in states]
     for segments in zip(*lists, strict=True):
         batch = pack(segments)

@@ -73,7 +73,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     )
     cost = MeasuredCost(segment_max=config.slots)
     if config.calibrate:
-        cost = calibrate(model, pool, segment_max=config.slots, synchronize=_synchronize(model.device))
+        cost = calibrate(model, pool, segment_max=config.slots)
     if model.device.type == "cpu" and not numerics.packed_equals_alone:
         log.warning("packed rows differ from lone ones: every pass runs one session")
         cost.segment_max = 1
@@ -109,12 +109,6 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     )
     producer = frame_ring.attach_producer(ring_fd, worker_epoch=config.worker_epoch)
     return Loaded(Engine(model, pool, cost), hello, producer)
-
-
-def _synchronize(device: Any) -> Callable[[], None]:
-    import torch
-
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:

@@ -1,0 +1,490 @@
+"""The worker's protocol without I/O: single cases, then random schedules with lost, doubled and late messages."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from turboserve.geometry import SlotGeometry
+from turboserve.model.interface import ModelSpec
+from turboserve.runtime import messages as m
+from turboserve.runtime import worker_events as e
+from turboserve.runtime.worker_logic import (
+    CONTROLLER,
+    GATEWAY,
+    KEPT_CHUNKS,
+    Beat,
+    Drop,
+    Emit,
+    Phase,
+    Send,
+    Stop,
+    WorkerLogic,
+)
+
+LEASE_S = 2.0
+SPEC = ModelSpec(
+    name="tiny",
+    model_hash="0" * 16,
+    width=8,
+    height=8,
+    fps=12.0,
+    chunk_frames_first=4,
+    chunk_frames_rest=4,
+    slot=SlotGeometry(1, 16, 1, 3),
+    denoise_steps=4,
+    denoise_steps_floor=1,
+)
+HELLO = m.WorkerHello(
+    worker_id="w0",
+    worker_epoch=7,
+    pid=1,
+    node="local",
+    model="tiny",
+    model_hash="0" * 16,
+    numerics_id="n",
+    device="cpu",
+    device_class="cpu",
+    slot_count=3,
+    capacity=3,
+)
+SID = "b" * 26
+
+
+def lease(epoch: int = 7) -> m.Lease:
+    return m.Lease(lease_s=LEASE_S, worker_epoch=epoch)
+
+
+def open_session(sid: str = SID, epoch: int = 1, **changes) -> m.OpenSession:
+    values = {"seed": 1, "width": 8, "height": 8, "prompt": "p"} | changes
+    return m.OpenSession(session_id=sid, epoch=epoch, **values)
+
+
+def credit(index: int, sid: str = SID, epoch: int = 1, prompt: str = "p") -> m.Credit:
+    return m.Credit(
+        session_id=sid,
+        epoch=epoch,
+        chunk_index=index,
+        steps=4,
+        prompt=prompt,
+        prompt_version=1,
+        deadline_s=0.5,
+    )
+
+
+def made(index: int, sid: str = SID) -> e.FinishedChunk:
+    digest = hashlib.sha256(f"{sid} {index}".encode()).hexdigest()
+    return e.FinishedChunk(
+        session_id=sid,
+        chunk_index=index,
+        frames=np.zeros((4, 8, 8, 3), np.uint8),
+        digest=digest,
+        digest_prev="" if index == 0 else hashlib.sha256(f"{sid} {index - 1}".encode()).hexdigest(),
+        steps=4,
+        prompt_version=1,
+        wait_s=0.0,
+        denoise_s=0.0,
+        decode_s=0.0,
+        batch_size=1.0,
+    )
+
+
+def kinds(actions) -> list[str]:
+    return [type(one.message if isinstance(one, Send) else one).__name__ for one in actions]
+
+
+def connected() -> WorkerLogic:
+    """A worker with both channels and a lease until 2.0, at time 0."""
+    logic = WorkerLogic(HELLO, SPEC)
+    assert kinds(logic.on_connect(CONTROLLER, 0.0)) == ["Hold", "WorkerHello"]
+    assert kinds(logic.on_connect(GATEWAY, 0.0)) == ["WorkerHello"]
+    assert logic.on_message(CONTROLLER, lease(), 0.1) == [e.Hold(False)]
+    return logic
+
+
+def opened() -> WorkerLogic:
+    logic = connected()
+    assert kinds(logic.on_message(CONTROLLER, open_session(), 0.1)) == ["Open"]
+    assert kinds(logic.on_engine(e.Opened(SID), 1, 0.1)) == ["SessionOpened"]
+    return logic
+
+
+def test_a_chunk_from_credit_to_acceptance():
+    logic = opened()
+    [begin] = logic.on_message(GATEWAY, credit(0), 1.0)
+    assert begin.deadline_s == 1.5 and begin.request.chunk_index == 0
+    [emit] = logic.on_engine(made(0), 1, 1.1)
+    assert emit == Emit(SID, 1, 0) and logic.may_emit(emit, 1.1) is not None
+    assert logic.on_message(GATEWAY, m.ChunkAccepted(session_id=SID, epoch=1, chunk_index=0), 1.2) == []
+
+
+def test_the_lease_counts_from_when_the_heartbeat_was_sent():
+    logic = opened()
+    assert logic.on_timer(0.5) == [Beat()]
+    logic.on_message(CONTROLLER, lease(), 1.9)  # the answer took 1.4 s
+    assert logic.lease_left_s(1.9) == pytest.approx(0.6)
+    assert e.Hold(True) in logic.on_timer(2.5)
+
+
+def test_nothing_is_emitted_without_a_lease_and_all_of_it_when_it_is_back():
+    logic = opened()
+    logic.on_message(GATEWAY, credit(0), 0.2)
+    assert e.Hold(True) in logic.on_timer(3.0)
+    assert logic.on_engine(made(0), 1, 3.0) == []
+    assert logic.may_emit(Emit(SID, 1, 0), 3.0) is None
+    actions = logic.on_message(CONTROLLER, lease(), 3.1)  # answers the beat of 3.0
+    assert actions == [e.Hold(False), Emit(SID, 1, 0)]
+
+
+def test_an_emit_that_waited_past_the_lease_is_withheld():
+    logic = opened()
+    logic.on_message(GATEWAY, credit(0), 0.2)
+    [emit] = logic.on_engine(made(0), 1, 0.3)
+    assert logic.may_emit(emit, 2.1) is not None  # renewed by the credit at 0.2
+    assert logic.may_emit(emit, 2.3) is None
+
+
+def test_the_gateways_word_renews_the_lease_of_a_worker_that_once_had_one():
+    logic = opened()
+    logic.on_disconnect(CONTROLLER, 1.0)
+    logic.on_message(GATEWAY, credit(0), 1.9)
+    assert logic.lease_left_s(1.9) == LEASE_S
+    never = WorkerLogic(HELLO, SPEC)
+    never.on_connect(GATEWAY, 0.0)
+    never.on_message(GATEWAY, credit(0), 0.1)
+    assert never.lease_left_s(0.1) == 0.0
+
+
+def test_a_lease_for_another_worker_epoch_is_nothing():
+    logic = WorkerLogic(HELLO, SPEC)
+    logic.on_connect(CONTROLLER, 0.0)
+    assert logic.on_message(CONTROLLER, lease(epoch=6), 0.1) == []
+    assert logic.lease_left_s(0.1) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "next_index"),
+    [
+        (credit(0, sid="c" * 26), "not_found", 0),
+        (credit(0, epoch=2), "stale_epoch", 1),
+        (credit(0, epoch=0), "stale_epoch", 1),
+        (credit(2), "index_out_of_range", 1),
+        (credit(0, prompt="another"), "conflict", 1),
+    ],
+)
+def test_a_wrong_credit_is_told_what_would_be_right(wrong, code, next_index):
+    logic = opened()
+    logic.on_message(GATEWAY, credit(0), 0.2)
+    [refusal] = logic.on_message(GATEWAY, wrong, 0.2)
+    assert (refusal.message.code, refusal.message.next_index) == (code, next_index)
+
+
+def test_a_credit_given_again_gets_the_same_frames_while_they_are_kept():
+    logic = opened()
+    for index in range(KEPT_CHUNKS + 1):
+        assert kinds(logic.on_message(GATEWAY, credit(index), 0.2)) == ["Begin"]
+        assert logic.on_message(GATEWAY, credit(index), 0.2) == []  # in work: nothing to say yet
+        logic.on_engine(made(index), 1, 0.2)
+        logic.on_message(GATEWAY, m.ChunkAccepted(session_id=SID, epoch=1, chunk_index=index), 0.2)
+    assert logic.on_message(GATEWAY, credit(1), 0.2) == [Emit(SID, 1, 1)]
+    [refusal] = logic.on_message(GATEWAY, credit(0), 0.2)
+    assert refusal.message.code == "index_passed"
+
+
+def test_chunks_in_flight_are_bounded():
+    logic = opened()
+    for index in range(KEPT_CHUNKS):
+        assert kinds(logic.on_message(GATEWAY, credit(index), 0.2)) == ["Begin"]
+    # An acceptance of what was never made does not lift the bound.
+    logic.on_message(GATEWAY, m.ChunkAccepted(session_id=SID, epoch=1, chunk_index=99), 0.2)
+    [refusal] = logic.on_message(GATEWAY, credit(KEPT_CHUNKS), 0.2)
+    assert refusal.message.code == "overloaded"
+
+
+def test_close_is_idempotent_and_final():
+    logic = opened()
+    close = m.CloseSession(session_id=SID, epoch=1)
+    assert logic.on_message(CONTROLLER, close, 0.2) == [e.Close(SID, 1)]
+    assert logic.on_message(CONTROLLER, close, 0.2) == []  # in work: SessionReleased will come
+    assert logic.on_engine(made(0), 1, 0.2) == []
+    assert kinds(logic.on_engine(e.Closed(SID), 1, 0.2)) == ["SessionReleased"]
+    assert kinds(logic.on_message(CONTROLLER, close, 0.2)) == ["SessionReleased"]
+    [refused] = logic.on_message(CONTROLLER, open_session(), 0.2)  # a late copy of the first message
+    assert refused.message.code == "stale_epoch"
+    assert kinds(logic.on_message(CONTROLLER, open_session(epoch=2), 0.2)) == ["Open"]
+
+
+def test_a_newer_epoch_replaces_what_is_held():
+    logic = opened()
+    logic.on_message(GATEWAY, credit(0), 0.2)
+    assert logic.on_message(CONTROLLER, open_session(epoch=2), 0.2)[0] == e.Close(SID, 1)
+    assert logic.on_engine(made(0), 1, 0.2) == []  # the earlier owner's work
+    assert kinds(logic.on_message(CONTROLLER, open_session(epoch=1), 0.2)) == ["SessionRefused"]
+    assert kinds(logic.on_engine(e.Closed(SID), 1, 0.2)) == ["SessionReleased"]
+    assert kinds(logic.on_engine(e.Opened(SID), 2, 0.2)) == ["SessionOpened"]
+
+
+def test_a_controller_that_comes_back_hears_what_is_held_and_what_broke():
+    logic = opened()
+    logic.on_message(CONTROLLER, open_session(sid="c" * 26), 0.2)
+    logic.on_engine(e.Opened("c" * 26), 1, 0.2)
+    broken = e.BrokenSession(session_id="c" * 26, chunk_index=3, code="session_poisoned", message="nan")
+    assert kinds(logic.on_engine(broken, 1, 0.2)) == ["SessionBroken"]
+    logic.on_disconnect(CONTROLLER, 0.3)
+    assert kinds(logic.on_connect(CONTROLLER, 0.4)) == ["WorkerHello", "SessionOpened", "SessionBroken"]
+    [refusal] = logic.on_message(GATEWAY, credit(0, sid="c" * 26), 0.4)
+    assert refusal.message.code == "session_poisoned"
+
+
+def test_leaving_ends_when_nothing_is_left_or_the_time_is_over():
+    logic = opened()
+    assert kinds(logic.on_terminate(1.0)) == ["WorkerLeaving"]
+    [refused] = logic.on_message(CONTROLLER, open_session(sid="c" * 26), 1.0)
+    assert refused.message.code == "overloaded"
+    assert not any(isinstance(one, Stop) for one in logic.on_timer(8.9))
+    assert any(isinstance(one, Stop) for one in logic.on_timer(9.0))
+    alone = WorkerLogic(HELLO, SPEC)
+    assert kinds(alone.on_terminate(0.0)) == ["Hold", "Stop"]  # nobody to ask, nothing held
+
+
+def test_a_peer_that_sends_what_is_not_its_to_send_is_dropped():
+    logic = opened()
+    assert isinstance(logic.on_message(GATEWAY, open_session(), 0.2)[0], Drop)
+    assert isinstance(logic.on_message(CONTROLLER, credit(0), 0.2)[0], Drop)
+    assert isinstance(logic.on_message(GATEWAY, lease(), 0.2)[0], Drop)
+
+
+def test_sizes_and_prompt_switches_the_model_lacks_are_refused():
+    logic = connected()
+    for wrong in (open_session(width=9), open_session(prompt_switch="blend")):
+        [refused] = logic.on_message(CONTROLLER, wrong, 0.2)
+        assert refused.message.code == "invalid_request"
+
+
+NAMES = "bcde"
+
+
+class WorkerMachine(RuleBasedStateMachine):
+    """The logic between a controller, a gateway and an engine that are honest, and wires that are not."""
+
+    @initialize(seed=st.integers(0, 2**32))
+    def start(self, seed):
+        self.rng = random.Random(seed)
+        self.logic = WorkerLogic(HELLO, SPEC)
+        self.now_s = 0.0
+        self.epochs: dict[str, int] = {}
+        self.engine: dict[str, tuple[int, int]] = {}  # session -> (epoch, chunks made)
+        self.work: list[tuple[str, int, int]] = []  # (session, epoch, chunk) that the engine was told to make
+        self.wire: list[tuple[str, m.Message]] = []
+        self.connected: set[str] = set()
+        self.emitted: dict[tuple[str, int], int] = {}  # (session, epoch) -> highest index that left
+        self.closed: set[tuple[str, int]] = set()
+        self.held = False
+        self.last_heard_s = float("-inf")
+        self.outbox: list[Emit] = []
+        for source in (CONTROLLER, GATEWAY):
+            self.connect(source)
+        self.deliver(CONTROLLER, lease())
+        for name in NAMES[:2]:
+            self.send_open(name, True)
+
+    def obey(self, actions):
+        for action in actions:
+            if isinstance(action, e.Open):
+                assert action.session_id not in self.engine  # one owner at a time, whatever the epoch
+                assert (action.session_id, action.epoch) not in self.closed  # and a closed epoch stays closed
+                if len(self.engine) < 3:
+                    self.engine[action.session_id] = (action.epoch, 0)
+                    self.obey(self.logic.on_engine(e.Opened(action.session_id), action.epoch, self.now_s))
+                else:
+                    failed = e.OpenFailed(action.session_id, "pool_exhausted", "full")
+                    self.obey(self.logic.on_engine(failed, action.epoch, self.now_s))
+            elif isinstance(action, e.Close):
+                self.last_pass_ends(action.session_id, action.epoch)
+                if self.engine.get(action.session_id, (None,))[0] == action.epoch:
+                    del self.engine[action.session_id]
+                self.closed.add((action.session_id, action.epoch))
+                self.obey(self.logic.on_engine(e.Closed(action.session_id), action.epoch, self.now_s))
+            elif isinstance(action, e.Begin):
+                assert self.engine[action.session_id][0] == action.epoch
+                self.work.append((action.session_id, action.epoch, action.request.chunk_index))
+            elif isinstance(action, e.Hold):
+                self.held = action.hold
+            elif isinstance(action, Emit):
+                self.outbox.append(action)
+            else:
+                assert isinstance(action, Send | Beat), action
+
+    def last_pass_ends(self, sid, epoch):
+        """What the engine made just before it heard of the close; the logic must not take it for another epoch's."""
+        epoch_held, count = self.engine.get(sid, (None, 0))
+        if epoch_held == epoch and (sid, epoch, count) in self.work:
+            before = {sid: len(one.made) for sid, one in self.logic.sessions.items()}
+            assert self.logic.on_engine(made(count, sid), epoch, self.now_s) == []
+            assert before == {sid: len(one.made) for sid, one in self.logic.sessions.items()}
+
+    @rule(count=st.integers(1, 8))
+    def frames_leave(self, count):
+        self.ring_has_room(count)
+
+    def ring_has_room(self, count):
+        """Emits leave when the ring has room, which may be long after they were decided."""
+        for _ in range(min(count, len(self.outbox))):
+            action = self.outbox.pop(0)
+            chunk = self.logic.may_emit(action, self.now_s)
+            if chunk is None:
+                continue
+            key = (action.session_id, action.epoch)
+            assert key not in self.closed  # nothing is emitted after close
+            assert self.now_s < self.last_heard_s + LEASE_S  # nor without a lease
+            assert chunk.chunk_index == action.chunk_index
+            assert self.logic.sessions[action.session_id].epoch == action.epoch
+            last = self.emitted.get(key, -1)
+            assert action.chunk_index <= last + 1  # contiguous; again is allowed, a gap is not
+            self.emitted[key] = max(last, action.chunk_index)
+
+    def deliver(self, source, message):
+        if source not in self.connected:
+            return
+        if source == GATEWAY or isinstance(message, m.Lease):
+            self.last_heard_s = max(self.last_heard_s, self.now_s)
+        self.obey(self.logic.on_message(source, message, self.now_s))
+
+    @rule(source=st.sampled_from([CONTROLLER, GATEWAY]))
+    def connect(self, source):
+        if source not in self.connected:
+            self.connected.add(source)
+            self.obey(self.logic.on_connect(source, self.now_s))
+
+    @rule(source=st.sampled_from([CONTROLLER, GATEWAY]))
+    def disconnect(self, source):
+        if source in self.connected and self.rng.random() < 0.5:
+            self.connected.discard(source)
+            self.obey(self.logic.on_disconnect(source, self.now_s))
+
+    @rule(name=st.sampled_from(NAMES), newer=st.booleans())
+    def send_open(self, name, newer):
+        sid = name * 26
+        self.epochs[sid] = self.epochs.get(sid, 0) + newer if sid in self.epochs else 1
+        self.send(CONTROLLER, open_session(sid=sid, epoch=self.epochs[sid]))
+
+    @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
+    def send_close(self, name, back):
+        sid = name * 26
+        epoch = max(0, self.epochs.get(sid, 0) - back)
+        if back or self.rng.random() < 0.3:  # else few sessions would live long enough
+            self.send(CONTROLLER, m.CloseSession(session_id=sid, epoch=epoch))
+
+    @rule(name=st.sampled_from(NAMES), index=st.integers(0, 6), old=st.booleans())
+    def send_credit(self, name, index, old):
+        sid = name * 26
+        epoch = max(0, self.epochs.get(sid, 0) - old)
+        self.send(GATEWAY, credit(index, sid=sid, epoch=epoch))
+
+    @rule(at=st.integers(0, 2), count=st.integers(1, 6))
+    def stream(self, at, count):
+        """A gateway at work: accept what came, give the next credits."""
+        if not self.logic.sessions:
+            return
+        sid = sorted(self.logic.sessions)[at % len(self.logic.sessions)]
+        session = self.logic.sessions[sid]
+        for _ in range(count):
+            sent = self.emitted.get((sid, session.epoch), -1)
+            if sent >= 0:
+                accepted = m.ChunkAccepted(session_id=sid, epoch=session.epoch, chunk_index=sent)
+                self.send(GATEWAY, accepted)
+            self.send(GATEWAY, credit(session.next_index, sid=sid, epoch=session.epoch))
+            if self.rng.random() < 0.8:
+                self.engine_works(1, False)
+            if self.rng.random() < 0.3:
+                self.ring_has_room(4)
+
+    @rule(name=st.sampled_from(NAMES), index=st.integers(0, 6))
+    def send_accepted(self, name, index):
+        sid = name * 26
+        message = m.ChunkAccepted(session_id=sid, epoch=self.epochs.get(sid, 0), chunk_index=index)
+        self.send(GATEWAY, message)
+
+    @rule()
+    def send_lease(self):
+        self.send(CONTROLLER, lease())
+
+    def send(self, source, message):
+        """Wires lose, double and delay messages, and keep copies that come much later."""
+        fate = self.rng.choice(["once", "once", "once", "once", "twice", "later", "lost"])
+        for _ in range({"once": 1, "twice": 2}.get(fate, 0)):
+            self.deliver(source, message)
+        if fate == "later" or self.rng.random() < 0.2:
+            self.wire.append((source, message))
+
+    @rule(count=st.integers(1, 6))
+    def late_messages_arrive(self, count):
+        for _ in range(min(count, len(self.wire))):
+            self.deliver(*self.wire.pop(self.rng.randrange(len(self.wire))))
+
+    @rule(count=st.integers(1, 4))
+    def passes_run(self, count):
+        self.engine_works(count, True)
+
+    def engine_works(self, count, breaks):
+        for _ in range(count):
+            if self.work and not self.held:
+                self.make_one(breaks)
+
+    def make_one(self, breaks):
+        sid, epoch, index = self.work.pop(0)
+        held_epoch, count = self.engine.get(sid, (None, 0))
+        if held_epoch != epoch:
+            return
+        assert index == count  # the engine is asked for chunks in order, each once
+        if breaks and self.rng.random() < 0.2:
+            event = e.BrokenSession(session_id=sid, chunk_index=index, code="session_poisoned", message="nan")
+            self.work = [one for one in self.work if one[0] != sid]
+        else:
+            self.engine[sid] = (epoch, count + 1)
+            event = made(index, sid)
+        self.obey(self.logic.on_engine(event, epoch, self.now_s))
+
+    @rule(seconds=st.sampled_from([0.1, 0.5, 1.0, 3.0]), answered=st.booleans())
+    def time_passes(self, seconds, answered):
+        self.now_s += seconds
+        self.obey(self.logic.on_timer(self.now_s))
+        if self.rng.random() < 0.5:
+            self.ring_has_room(8)
+        if answered:
+            self.deliver(CONTROLLER, lease())
+
+    @invariant()
+    def books_agree(self):
+        if not hasattr(self, "logic"):
+            return
+        assert {sid: one.epoch for sid, one in self.logic.sessions.items()} == {
+            sid: epoch for sid, (epoch, _) in self.engine.items()
+        }
+        assert not self.logic.closing
+        for session in self.logic.sessions.values():
+            assert len(session.made) <= KEPT_CHUNKS
+            assert session.next_index - session.accepted <= KEPT_CHUNKS
+            assert session.phase is not Phase.OPENING
+        if self.now_s >= self.last_heard_s + LEASE_S:
+            assert self.logic.lease_left_s(self.now_s) == 0.0
+
+    def teardown(self):
+        """Everything closes at the newest epoch: nothing is left."""
+        if not hasattr(self, "logic"):
+            return
+        self.connected.add(CONTROLLER)
+        self.obey(self.logic.on_connect(CONTROLLER, self.now_s))
+        for sid, session in list(self.logic.sessions.items()):
+            self.deliver(CONTROLLER, m.CloseSession(session_id=sid, epoch=session.epoch))
+        assert not self.engine and not self.logic.sessions and not self.logic.closing
+
+
+TestWorkerMachine = WorkerMachine.TestCase
+TestWorkerMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

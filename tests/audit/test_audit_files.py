@@ -117,5 +117,7 @@ def test_command_prints_one_object_and_exits_by_what_it_found(tmp_path):
     arguments = ["audit", str(directory), "--trace", str(trace), "--profile", str(profile), "--warmup-s", "10"]
     clean = CliRunner().invoke(command, [*arguments, "--json"], standalone_mode=False)
     assert clean.return_value == 0 and json.loads(clean.stdout)["violations"] == []
+    same_flags = [*arguments, "--policy", "hpa", "--seed", "3", "--knob", "target=0.6", "--lose-at", "55.5"]
+    assert CliRunner().invoke(command, same_flags, standalone_mode=False).return_value == 0
     broken = CliRunner().invoke(command, [*arguments, "--provision-s", "60"], standalone_mode=False)
     assert broken.return_value == 1 and json.loads(broken.stdout)["violations"][0]["rule"] == "provision"

@@ -22,7 +22,7 @@ def command() -> None:
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--trace", "trace_path", type=FILE, required=True, help="The trace the run was made from.")
 @click.option("--profile", required=True, help="Latency profile: a JSON file or a shipped name.")
-@click.option("--policy", help="Accepted so that the flags of `simulate` can be given unchanged.")
+@click.option("--policy", hidden=True)
 @click.option("--workers", type=click.IntRange(min=1), help="Fixed fleet of the run.")
 @click.option("--max-workers", type=click.IntRange(min=1), help="Bound on the fleet.")
 @click.option("--provision-s", type=click.FloatRange(min=0), help="Provisioning delay.")
@@ -31,15 +31,16 @@ def command() -> None:
 @click.option("--warmup-s", type=click.FloatRange(min=0), help="Figures begin here.")
 @click.option("--batching", type=click.Choice(["chunk", "pass"]), help="Only chunk can be audited.")
 @click.option("--steps-floor", type=click.IntRange(min=1), help="Fewest denoise steps allowed.")
-@click.option("--seed", type=int, help="Accepted so that the flags of `simulate` can be given unchanged.")
+@click.option("--seed", type=int, hidden=True)
+@click.option("--lose-at", multiple=True, hidden=True)
+@click.option("--knob", multiple=True, hidden=True)
 @json_option
-def audit(
-    directory: Path, trace_path: Path, profile: str, policy: str | None, seed: int | None, as_json: bool, **flags: Any
-) -> int:
+def audit(directory: Path, trace_path: Path, profile: str, as_json: bool, **flags: Any) -> int:
     """Hold the files of the run in DIRECTORY against every rule; exit 1 on any violation.
 
-    Uses no code of the simulator. A flag left out is taken from the settings in report.json, and the answer's
-    `settings` says what was used.
+    Takes the flags that the run was started with; those that no rule asks about (--policy, --seed, --knob, --lose-at)
+    are allowed and ignored. Uses no code of the simulator. A flag left out is taken from the settings in report.json,
+    and the answer's `settings` says what was used.
     """
     from turboserve.audit.audit import audit_run
 

@@ -17,10 +17,11 @@ FLEETS_SHOWN = ("turboserve", "hpa", "lcp", "static-least")
 STYLE = """
 :root{--bg:#fff;--ink:#1b1f24;--soft:#5b6470;--grid:#e3e6ea;--row:#f5f7f9}
 @media (prefers-color-scheme:dark){:root{--bg:#14171a;--ink:#e6e8ea;--soft:#9aa4ae;--grid:#2a3037;--row:#1b2025}}
-body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2rem auto;
+body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;
 padding:0 1rem}h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.4rem}h3{font-size:1rem;margin:1.6rem 0 .4rem}
 .soft,figcaption{color:var(--soft)}.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .8rem .2rem 0;text-align:left;white-space:nowrap}tbody tr:nth-child(odd){background:var(--row)}
+td,th{padding:.2rem .7rem .2rem 0;font-size:.92rem;text-align:left;white-space:nowrap}
+tbody tr:nth-child(odd){background:var(--row)}
 .ours{font-weight:650}figure{margin:1.2rem 0}svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:12px}
 .grid{stroke:var(--grid)}.guide{stroke:var(--soft);stroke-dasharray:5 4}.key{margin-right:1.1rem;font-size:.85rem}
 .key i{display:inline-block;width:.8em;height:.8em;margin-right:.4em;border-radius:2px}

@@ -29,7 +29,7 @@ def spread(values: np.ndarray) -> dict[str, float | None]:
         return dict.fromkeys(("mean", "p50", "p95", "p99", "max"))
     ranked = np.sort(values)
     at = {f"p{q}": float(ranked[max(0, math.ceil(q * ranked.size / 100) - 1)]) for q in (50, 95, 99)}
-    return {"mean": float(values.mean())} | at | {"max": float(ranked[-1])}
+    return {"mean": float(values.mean()), **at, "max": float(ranked[-1])}
 
 
 def run_end_s(run: Run, trace: TracePeriods) -> float:

@@ -56,7 +56,7 @@ def set_up_determinism(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
         # Not on a CPU: nothing we use there needs it, and asking costs a second and a half of imports.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @cache

@@ -21,9 +21,10 @@ whoever carries it out asks `may_emit` again at that moment.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from turboserve.model.interface import ChunkRequest, Control, ModelSpec, PromptSwitch
 from turboserve.runtime import messages as m
@@ -434,7 +435,7 @@ def request_of(credit: m.Credit) -> ChunkRequest:
     )
 
 
-_HANDLERS = {
+_HANDLERS: dict[tuple[str, type[m.Message]], Callable[[WorkerLogic, Any, float], None]] = {
     (CONTROLLER, m.Lease): WorkerLogic._on_lease,
     (CONTROLLER, m.OpenSession): WorkerLogic._on_open,
     (CONTROLLER, m.CloseSession): WorkerLogic._on_close,

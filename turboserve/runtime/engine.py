@@ -67,7 +67,7 @@ class Engine:
         self.cost = cost or MeasuredCost(segment_max=pool.slot_count)
         self.stats = EngineStats()
         self._clock = clock
-        self._timer = PassTimer(pool.device)
+        self._timer = PassTimer(pool.device, clock)
         self._sessions: dict[str, HeldSession] = {}
 
     # ------------------------------------------------------------------ sessions

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,9 +12,10 @@ from turboserve.runtime.cost_model import PassTime
 
 
 class PassTimer:
-    """Wall time on a CPU; on CUDA a pair of events per pass, read once the device has passed them."""
+    """The engine's own clock on a CPU; on CUDA a pair of events per pass, read once the device has passed them."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._cuda = device.type == "cuda"
         self._open: deque[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._done: list[PassTime] = []
@@ -24,9 +24,9 @@ class PassTimer:
     def measure(self, segments: int, tokens: int) -> Iterator[None]:
         """Time the body; a body that raises leaves no measurement."""
         if not self._cuda:
-            before_s = time.perf_counter()
+            before_s = self._clock()
             yield
-            self._done.append(PassTime(segments, tokens, time.perf_counter() - before_s))
+            self._done.append(PassTime(segments, tokens, self._clock() - before_s))
             return
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()

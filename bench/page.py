@@ -86,7 +86,7 @@ def measure_attaches(page: Page, count: int) -> list[dict[str, Any]]:
             page.evaluate("Object.assign(tap, { first: 0, attached: 0 })")
             page.fill("#prompt", SCENES[turn % len(SCENES)])
             page.press("#prompt", "Enter")
-            page.wait_for_function("tap.first > 0", timeout=20_000)
+            page.wait_for_function("() => tap.first > 0", timeout=90_000)
             tap = page.evaluate("tap")
             from_attach.append(tap["first"] - tap["attached"])
             from_press.append(tap["first"] - tap["pressed"])
@@ -111,7 +111,7 @@ def measure_switches(page: Page, count: int, rng: random.Random) -> list[dict[st
             page.fill(".steer input", SCENES[(turn + 1) % len(SCENES)])
             page.wait_for_timeout(rng.uniform(0, 700))
             page.press(".steer input", "Enter")
-            page.wait_for_function("tap.moments.length > 0", timeout=20_000)
+            page.wait_for_function("() => tap.moments.length > 0", timeout=90_000)
             tap = page.evaluate("tap")
             waits.append(tap["moments"][0] - tap["submitted"])
             page.wait_for_timeout(rng.uniform(500, 1200))
@@ -132,7 +132,7 @@ def measure_smoothness(page: Page, streams: int, watch_s: float) -> list[dict[st
         page.fill("#prompt", SCENES[0])
         page.press("#prompt", "Enter")
     page.wait_for_function(
-        "n => document.querySelectorAll('.tile[data-status=playing]').length === n", arg=streams, timeout=30_000
+        "n => document.querySelectorAll('.tile[data-status=playing]').length === n", arg=streams, timeout=90_000
     )
     page.wait_for_timeout(3000)
     page.evaluate(PER_CANVAS)

@@ -19,7 +19,7 @@ from turboserve.bench.chromium import chromium, serving
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-PICTURES = Path(__file__).parent / "pictures"
+PICTURES = Path(__file__).parent / "images"
 FIRST = "two small red circles drifting left over a dark blue sky"
 THEN = "two yellow stars drifting left over a dark blue sky"
 
@@ -40,7 +40,7 @@ def visitor(browser: Browser, url: str, **settings: Any) -> Iterator[Page]:
 
 def first_visit(page: Page, name: str) -> None:
     """Four streams, one of which has just changed its words."""
-    page.wait_for_function("document.querySelectorAll('.tile[data-status=playing]').length === 4", timeout=30_000)
+    page.wait_for_function("() => document.querySelectorAll('.tile[data-status=playing]').length === 4", timeout=90_000)
     page.wait_for_timeout(9000)
     page.wait_for_selector(".tile:nth-child(2) .moment:not([hidden])", timeout=60_000)
     page.wait_for_timeout(900)
@@ -51,11 +51,11 @@ def one_stream(page: Page, name: str, *, full_page: bool = False) -> None:
     """One stream, steered a moment ago."""
     page.fill("#prompt", FIRST)
     page.press("#prompt", "Enter")
-    page.wait_for_selector(".tile[data-status=playing]", timeout=30_000)
+    page.wait_for_selector(".tile[data-status=playing]", timeout=90_000)
     page.wait_for_timeout(7000)
     page.fill(".steer input", THEN)
     page.press(".steer input", "Enter")
-    page.wait_for_selector(".moment:not([hidden])", timeout=20_000)
+    page.wait_for_selector(".moment:not([hidden])", timeout=90_000)
     page.wait_for_timeout(1000)
     page.screenshot(path=PICTURES / name, full_page=full_page)
 
@@ -63,7 +63,7 @@ def one_stream(page: Page, name: str, *, full_page: bool = False) -> None:
 def four_streams(page: Page, name: str) -> None:
     page.fill("#prompt", FIRST)
     page.click("#open-four")
-    page.wait_for_function("document.querySelectorAll('.tile[data-status=playing]').length === 4", timeout=30_000)
+    page.wait_for_function("() => document.querySelectorAll('.tile[data-status=playing]').length === 4", timeout=90_000)
     page.wait_for_timeout(8000)
     page.screenshot(path=PICTURES / name)
 
@@ -81,7 +81,7 @@ def operations(browser: Browser, url: str, name: str) -> None:
 @click.command()
 @click.option("--url", help="A running server without keys.  [default: starts one]")
 def main(url: str | None) -> None:
-    """Write the pictures to docs/pictures/."""
+    """Write the pictures to docs/images/."""
     PICTURES.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         address = (url or stack.enter_context(serving())).rstrip("/") + "/"

@@ -159,7 +159,7 @@ def test_the_operations_page_shows_workers_and_decisions(server: Server, open_pa
     ops.goto(server.url + "ops")
     ops.wait_for_selector(".worker[data-state=ready]", timeout=1000 * PATIENCE_S)
     ops.wait_for_function(
-        "Number(document.querySelector('[data-state=active] b').textContent) >= 1", timeout=1000 * PATIENCE_S
+        "() => Number(document.querySelector('[data-state=active] b').textContent) >= 1", timeout=1000 * PATIENCE_S
     )
     assert ops.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     ops.close()

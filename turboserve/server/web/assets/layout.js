@@ -47,7 +47,7 @@ export function layOut(grid, tiles, touring) {
   }
   // What the whole-number enlargement leaves free goes between the tiles, so that both edges stay straight.
   const spare = columns > 1 && width >= 820 ? (width - columns * widest - (columns - 1) * gap) / (columns - 1) : 0;
-  grid.style.setProperty("--gap", `${gap + (spare < 40 ? spare : 0)}px`);
+  grid.style.setProperty("--gap", `${gap + (spare < 64 ? spare : 0)}px`);
   grid.style.setProperty("--columns", String(columns));
   // On a narrow page the text may use the width that a whole-number enlargement leaves free.
   grid.style.setProperty("--tile-width", `${width < 820 ? roomWidth : widest}px`);

@@ -55,7 +55,7 @@ function stateCounts(sessions) {
   const names = [...STATES, ...Object.keys(sessions).filter((name) => !STATES.includes(name))];
   return names
     .filter((name) => typeof sessions[name] === "number" && (sessions[name] > 0 || name === "active" || name === "queued"))
-    .map((name) => element("li", [element("b", String(sessions[name])), name], { "data-state": name }));
+    .map((name) => element("li", [element("b", String(sessions[name])), name], { "data-state": name, "data-some": String(sessions[name] > 0) }));
 }
 
 /** @param {any} decision @param {number} newestS */

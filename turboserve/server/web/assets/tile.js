@@ -183,6 +183,7 @@ export class Tile {
   }
 
   #renderState() {
+    /** @type {Record<string, string>} */
     const words = {
       [Status.OPENING]: "Opening",
       [Status.WAITING]: "Waiting for room",
@@ -194,7 +195,15 @@ export class Tile {
       [Status.ENDED]: "Ended",
       [Status.FAILED]: "Stopped by an error",
     };
-    this.find(".state-text").textContent = words[this.stream.status];
+    const text = words[this.stream.status];
+    this.find(".state-text").textContent = this.#isSlow() ? `${text}, slower than real time on this machine` : text;
+  }
+
+  /** The server makes less than it takes to play: said openly, since the picture halts again and again. */
+  #isSlow() {
+    const { status, figures } = this.stream;
+    if (status !== Status.PLAYING || figures.chunks < 8) return false;
+    return figures.shownFps(performance.now() / 1000) < 0.85 * figures.fps;
   }
 
   /** What lies over the picture while there is nothing to see, or nothing moves. */
@@ -279,6 +288,7 @@ export class Tile {
     const { stream } = this;
     const { figures } = stream;
     const moving = stream.status === Status.PLAYING;
+    this.#renderState();
     /** @param {string} name @param {string} value @param {string} [unit] */
     const set = (name, value, unit = "") => {
       const place = this.find(`[data-figure="${name}"]`);

@@ -12,6 +12,8 @@ export class Figures {
     this.latenciesMs = [];
     this.batchSize = /** @type {number|null} */ (null);
     this.chunks = 0;
+    this.frames = 0;
+    this.arrivedChunks = 0;
     this.onTime = 0;
     this.framesShown = 0;
     this.bytes = 0;
@@ -24,6 +26,7 @@ export class Figures {
   /** @param {import("./protocol.js").ChunkHeader} header */
   received(header) {
     this.chunks += 1;
+    this.frames += header.frames;
     this.bytes += header.bytes ?? 0;
     this.steps = header.steps ?? this.steps;
     this.batchSize = header.batch_size ?? this.batchSize;
@@ -36,7 +39,7 @@ export class Figures {
   /** @param {boolean} onTime */
   arrived(onTime) {
     if (onTime) this.onTime += 1;
-    this.arrivedChunks = (this.arrivedChunks ?? 0) + 1;
+    this.arrivedChunks += 1;
   }
 
   /** @param {number} nowS */

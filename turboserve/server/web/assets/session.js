@@ -72,6 +72,8 @@ export class Stream extends EventTarget {
     this.shownIndex = -1;
     this.shownVersion = /** @type {number|null} */ (null);
     this.endReason = "";
+    /** @type {any} the server's last word of trouble; says why, when the stream fails after it */
+    this.lastRefusal = null;
     /** @type {any} */
     this.card = null;
     this.gone = false;
@@ -326,6 +328,7 @@ export class Stream extends EventTarget {
   /** A command was refused; the stream itself goes on. @param {any} message */
   #refused(message) {
     if (message.code === "event_id_conflict") return; // said twice, accepted once
+    this.lastRefusal = message;
     const last = this.comingPrompt;
     if (last && last.version === null && (!message.event_id || message.event_id === last.eventId)) {
       this.prompts = this.prompts.filter((candidate) => candidate !== last);
@@ -345,6 +348,7 @@ export class Stream extends EventTarget {
   #closed(code, reason) {
     if (this.isOver) return;
     if (code === "ended") this.#ended(reason);
+    else if (code === "session_failed" && this.lastRefusal) this.#failedWith(new api.ApiError(0, this.lastRefusal));
     else this.#failedWith(new api.ApiError(0, { code, message: reason }));
   }
 

@@ -228,10 +228,9 @@ export class Tile {
       title = "Reconnecting…";
       text = `It continues at chunk ${stream.connection?.nextIndex ?? 0}.`;
     } else if (stream.status === Status.ENDED) {
-      const chunks = stream.connection?.nextIndex ?? 0;
       title = "Ended";
-      const played = (stream.figures.framesShown || 0) / stream.figures.fps;
-      text = `${chunks} chunks, ${clockTime(played)}. ${endWords(stream.endReason)}`.trim();
+      const seconds = clockTime(stream.figures.frames / stream.figures.fps);
+      text = `${stream.figures.chunks} chunks, ${seconds}. ${END_WORDS[stream.endReason] ?? "It can still be saved."}`;
       action = "Start again";
     } else if (stream.status === Status.FAILED && stream.error) {
       const words = explain(stream.error.code, stream.error.message, stream.error.hint);
@@ -324,8 +323,11 @@ export class Tile {
   }
 }
 
-/** @param {string} reason */
-function endWords(reason) {
-  if (reason.includes("duration")) return "It reached its greatest length.";
-  return "It can still be saved.";
-}
+/** @type {Record<string, string>} */
+const END_WORDS = {
+  completed: "It reached the length it was given.",
+  session_limit: "It reached the longest time that a stream may take.",
+  expired: "Nobody watched it for a while.",
+  deleted: "It was ended elsewhere.",
+  not_placed: "The server found no place for it.",
+};

@@ -40,8 +40,9 @@ def server(real_server: RunningServer) -> Server:
     return Server(real_server.url + "/")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    """Gone when the package is done: while Playwright's loop runs, no test of another package can run its own."""
     with chromium() as one:
         yield one
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from turboserve.client.aio import AsyncSession
 from turboserve.client.chunk import Chunk, PromptUpdate
+from turboserve.client.retry import RetryPolicy
 from turboserve.client.sync import Session
 
-__all__ = ["AsyncSession", "Chunk", "PromptUpdate", "Session"]
+__all__ = ["AsyncSession", "Chunk", "PromptUpdate", "RetryPolicy", "Session"]

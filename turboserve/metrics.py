@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 LATENCY_BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
@@ -18,6 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
 
         def counter(name: str, about: str, *labels: str) -> Counter:
             return Counter(f"turboserve_{name}", about, labels, registry=registry)
@@ -34,6 +35,11 @@ class Metrics:
         )
         self.chunks = counter("chunks", "Chunks of live streams, by whether they were on time", "on_time")
         self.on_time_share = gauge("on_time_share", "Share of live chunks that were on time, since the start")
+        self.input_to_frame = histogram(
+            "input_to_frame_seconds",
+            "Receipt of a prompt to the first frames that show it",
+            LATENCY_BUCKETS,
+        )
         self.batch_size = histogram(
             "batch_size", "Segments in the passes of a chunk, mean per chunk", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
         )
@@ -64,6 +70,8 @@ class Metrics:
                 self.chunk_latency.observe(value)
             case "first_chunk_latency":
                 self.first_chunk_latency.observe(value)
+            case "input_to_frame":
+                self.input_to_frame.observe(value)
             case "batch_size":
                 self.batch_size.observe(value)
             case "chunk_on_time" | "chunk_late":

@@ -209,7 +209,7 @@ class Story(RuleBasedStateMachine):
         connection = self.attached
         from_index = None if ahead is None else max(0, self.session.bound + ahead)
         good, effects = self.logic.viewer(
-            connection, SID, lambda one: one.prompt(connection, f"p{number}", None, from_index), self.now_s
+            connection, SID, lambda one: one.prompt(connection, f"p{number}", None, from_index, self.now_s), self.now_s
         )
         passed = from_index is not None and from_index < self.session.bound
         if passed:

@@ -19,13 +19,24 @@ from turboserve.errors import (
     Overloaded,
     QuotaExceeded,
     TurboServeError,
-    WorkerError,
 )
 from turboserve.runtime import messages
 from turboserve.server.attach_tokens import AttachTokens, token_hash
 from turboserve.server.effects import CloseViewer, Effect, Measure, Resolve, ToController, ToViewer
 from turboserve.server.gateway_config import Limits, Quotas
-from turboserve.server.log_records import LoggedSession, Opened
+from turboserve.server.gateway_records import (
+    NOT_ATTACHED,
+    NewSession,
+    Operation,
+    Worker,
+    create_message,
+    end_message,
+    error_message,
+    error_of,
+    opened_record,
+    wish_of,
+)
+from turboserve.server.log_records import LoggedSession
 from turboserve.server.outbox import Outbox
 from turboserve.server.pacing import Pace, StreamClock
 from turboserve.server.prompt_line import PromptLine
@@ -35,48 +46,6 @@ from turboserve.session import PublicState
 
 OP_TIMEOUT_S = 10.0
 RETRY_S = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewSession:
-    """A checked wish for a session."""
-
-    sid: str
-    token: str
-    tenant: str
-    tenant_weight: float
-    wide: bool
-    shape: StreamShape
-    clock: StreamClock
-    seed: int
-    steps: int
-    format: str
-    prompt: str
-    prompt_switch: str = "swap"
-    allow_reduced_steps: bool = True
-    max_chunks: int | None = None
-    created_unix_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    worker_id: str
-    epoch: int
-    state: str
-    numerics_id: str = ""
-    reason: str = ""
-
-
-@dataclass(slots=True)
-class Operation:
-    """Something the HTTP side waits for. `message` is sent again when the controller comes back."""
-
-    message: messages.Message
-    deadline_s: float
-    sid: str = ""
-    done: messages.OpDone | None = None
-    needs_durable: bool = False
-    answered: bool = False
 
 
 @dataclass(slots=True)
@@ -133,9 +102,9 @@ class GatewayLogic:
         session = self._stream(wish, quota, now_s)
         self.sessions[wish.sid] = session
         self._live[wish.tenant] = live + 1
-        op_id = self._operate(self._create_message(wish), now_s, wish.sid)
+        op_id = self._operate(create_message(wish), now_s, wish.sid)
         self._operations[op_id].needs_durable = True
-        self.outbox.append(_opened(wish), lambda later_s: self._opened_durably(op_id))
+        self.outbox.append(opened_record(wish), lambda later_s: self._opened_durably(op_id))
         return op_id, self._finish(session, now_s)
 
     def _stream(self, wish: NewSession, quota: Quotas, now_s: float) -> SessionStream:
@@ -157,26 +126,6 @@ class GatewayLogic:
             slow_close_s=self.limits.slow_close_s,
             session_s=quota.session_s,
         )
-
-    def _create_message(self, wish: NewSession) -> Callable[[int], messages.Message]:
-        return lambda op_id: messages.CreateSession(
-            op_id=op_id,
-            session_id=wish.sid,
-            tenant=wish.tenant,
-            tenant_weight=wish.tenant_weight,
-            model=wish.shape.model,
-            seed=wish.seed,
-            width=wish.shape.width,
-            height=wish.shape.height,
-            steps=wish.steps,
-            prompt=wish.prompt,
-            prompt_switch=wish.prompt_switch,
-            allow_reduced_steps=wish.allow_reduced_steps,
-        )
-
-    @staticmethod
-    def _end_message(sid: str, reason: str) -> Callable[[int], messages.Message]:
-        return lambda op_id: messages.EndSession(op_id=op_id, session_id=sid, reason=reason[:256])
 
     def _operate(self, build: Callable[[int], messages.Message], now_s: float, sid: str = "") -> int:
         self._op_count += 1
@@ -238,7 +187,7 @@ class GatewayLogic:
             self.outbox.put(ToViewer(connection, error_message(error)))
         if session.viewer is not None and session.adrift and not session.called_back:
             session.called_back = True
-            self._operate(self._create_message(session.wish), now_s, sid)
+            self._operate(create_message(session.wish), now_s, sid)
         return self._finish(session, now_s)
 
     def _attach_quota(self, session: SessionStream) -> int:
@@ -251,7 +200,7 @@ class GatewayLogic:
         """A viewer's message other than attach; a typed error goes back to it. False when it was an error."""
         session = self.sessions.get(sid)
         if session is None or session.viewer is None or session.viewer.connection != connection:
-            return False, [ToViewer(connection, _NOT_ATTACHED)]
+            return False, [ToViewer(connection, NOT_ATTACHED)]
         try:
             act(session)
             good = True
@@ -334,7 +283,7 @@ class GatewayLogic:
         if done is None or operation.needs_durable:
             return
         del self._operations[op_id]
-        self.outbox.put(Resolve(op_id, _error_of(done) if done.code else done))
+        self.outbox.put(Resolve(op_id, error_of(done) if done.code else done))
 
     def _worker_changed(self, message: messages.WorkerChanged, now_s: float) -> list[Effect]:
         known = self.workers.get(message.worker_id)
@@ -416,7 +365,7 @@ class GatewayLogic:
         while self._retries and self._retries[0][0] <= now_s:
             session = self.sessions.get(self._retries.popleft()[1])
             if session is not None and session.ended_s is None and session.wish is not None:
-                self._operate(self._create_message(session.wish), now_s, session.sid)
+                self._operate(create_message(session.wish), now_s, session.sid)
         for op_id, operation in list(self._operations.items()):
             if operation.deadline_s > now_s:
                 continue
@@ -447,7 +396,7 @@ class GatewayLogic:
             session = self.sessions[sid]
             self._live[session.tenant] = max(0, self._live.get(session.tenant, 0) - 1)
             self._ended.append((now_s, sid))
-            self._operate(self._end_message(sid, reason), now_s)
+            self._operate(end_message(sid, reason), now_s)
             self._attaches.forget(sid)
             self.outbox.put(Measure("session_ended"))
 
@@ -458,22 +407,7 @@ class GatewayLogic:
         for one, shape, clock in logged:
             opened = one.opened
             quota = self.quota(opened.wide)
-            wish = NewSession(
-                sid=opened.sid,
-                token="",
-                tenant=opened.tenant,
-                tenant_weight=opened.tenant_weight,
-                wide=opened.wide,
-                shape=shape,
-                clock=clock,
-                seed=opened.seed,
-                steps=opened.steps,
-                format=opened.format,
-                prompt=opened.prompt,
-                prompt_switch=opened.prompt_switch,
-                allow_reduced_steps=opened.allow_reduced_steps,
-                max_chunks=opened.max_chunks,
-            )
+            wish = wish_of(one, shape, clock)
             session = self._stream(wish, quota, now_s - max(0.0, now_unix_s - opened.created_unix_s))
             session.tokens = AttachTokens(one.token_hash, one.token_hash_prev)
             session.prompts = PromptLine(
@@ -487,7 +421,7 @@ class GatewayLogic:
             session.adrift, session.wish = True, wish
             self.sessions[opened.sid] = session
             self._live[opened.tenant] = self._live.get(opened.tenant, 0) + 1
-            self._operate(self._end_message(opened.sid, "gateway_restarted"), now_s)
+            self._operate(end_message(opened.sid, "gateway_restarted"), now_s)
             self._schedule(session)
         return self.outbox.take()
 
@@ -516,56 +450,4 @@ class GatewayLogic:
         return counts
 
 
-def error_message(error: TurboServeError) -> dict[str, Any]:
-    """An error as the viewer sees it."""
-    message: dict[str, Any] = {"type": "error", "code": error.code, "message": error.message}
-    if error.expected:
-        message["expected"] = error.expected
-    if error.hint:
-        message["hint"] = error.hint
-    message["retryable"] = error.retryable
-    return message
-
-
-_NOT_ATTACHED = {
-    "type": "error",
-    "code": "conflict",
-    "message": "this connection is not attached to the session",
-    "expected": "an attach message first",
-    "retryable": False,
-}
-
-
-def _opened(wish: NewSession) -> Opened:
-    return Opened(
-        sid=wish.sid,
-        tenant=wish.tenant,
-        model=wish.shape.model,
-        model_hash=wish.shape.model_hash,
-        seed=wish.seed,
-        width=wish.shape.width,
-        height=wish.shape.height,
-        steps=wish.steps,
-        format=wish.format,
-        prompt=wish.prompt,
-        prompt_switch=wish.prompt_switch,
-        token_hash=token_hash(wish.token),
-        created_unix_s=wish.created_unix_s,
-        allow_reduced_steps=wish.allow_reduced_steps,
-        max_chunks=wish.max_chunks,
-        tenant_weight=wish.tenant_weight,
-        wide=wish.wide,
-    )
-
-
-def _error_of(done: messages.OpDone) -> TurboServeError:
-    """A controller's refusal as the error its code stands for; an unknown code is a plain failure."""
-    kind = next((kind for kind in _errors(TurboServeError) if kind.code == done.code), WorkerError)
-    error = kind(done.message or done.code, retry_after_s=done.retry_after_s or None)
-    return error
-
-
-def _errors(kind: type[TurboServeError]) -> Iterable[type[TurboServeError]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _errors(child)
+__all__ = ["GatewayLogic", "NewSession", "error_message"]

@@ -12,8 +12,6 @@ import resource
 import signal
 import socket
 import sys
-import time
-import traceback
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,9 +27,8 @@ from turboserve.server.gateway import Gateway
 from turboserve.server.gateway_config import GatewayConfig
 from turboserve.server.http_protocol import DroppableWebSocket, bounded_protocol
 from turboserve.server.links import WorkerListener, keep_controller
+from turboserve.server.loop_watch import LoopWatch
 
-WATCH_S = 0.05
-BLOCKED_S = 0.1
 DRAIN_S = 0.5
 """Between telling viewers to go and closing the port, so that closes reach them."""
 
@@ -61,7 +58,7 @@ class GatewayProcess:
         token = bytes.fromhex(self.config.token)
         self._tasks = [
             asyncio.create_task(keep_controller(self.gateway, token), name="controller"),
-            asyncio.create_task(self._watch_loop(), name="loop-watch"),
+            asyncio.create_task(LoopWatch(self.metrics, self.log).run(), name="loop-watch"),
             asyncio.create_task(self._watch_keys(), name="keys"),
         ]
         try:
@@ -120,20 +117,6 @@ class GatewayProcess:
                     await asyncio.wait_for(serving, max(1.0, config.shutdown_timeout_s))
             stopped.cancel()
         return 1 if self.gateway.failed else 0
-
-    async def _watch_loop(self) -> None:
-        """How late the loop wakes up; a stack of what held it when that was long."""
-        main_thread = __import__("threading").get_ident()
-        while True:
-            asked_s = time.monotonic()
-            await asyncio.sleep(WATCH_S)
-            lag_s = max(0.0, time.monotonic() - asked_s - WATCH_S)
-            self.metrics.loop_lag.observe(lag_s)
-            if lag_s > BLOCKED_S:
-                self.metrics.loop_blocked.inc()
-                frame = sys._current_frames().get(main_thread)
-                stack = traceback.format_stack(frame, limit=4) if frame is not None else []
-                self.log.warning("event loop stood still", lag_ms=round(lag_s * 1000), stack="".join(stack)[-800:])
 
     async def _watch_keys(self) -> None:
         """Look at the key file once a second; wrong content leaves the old keys in force."""

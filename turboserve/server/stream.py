@@ -182,7 +182,9 @@ class ViewerSocket:
                 text = protocol.clean_prompt(message.text)
                 self._check_prompt(self._sid, text)
                 return self._act(
-                    lambda session, now_s: session.prompt(self._connection, text, message.event_id, message.from_index)
+                    lambda session, now_s: session.prompt(
+                        self._connection, text, message.event_id, message.from_index, now_s
+                    )
                 )
             case protocol.Pause():
                 return self._act(lambda session, now_s: session.pause(now_s))

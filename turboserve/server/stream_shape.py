@@ -1,0 +1,80 @@
+"""Facts and small records of one stream: its shape, a stored chunk, the viewer that is attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class StreamShape:
+    """A model's facts at one size, as far as the gateway needs them."""
+
+    model: str
+    model_hash: str
+    width: int
+    height: int
+    fps: float
+    chunk_frames_first: int
+    chunk_frames_rest: int
+
+    def chunk_frames(self, index: int) -> int:
+        return self.chunk_frames_first if index == 0 else self.chunk_frames_rest
+
+    def frames_before(self, index: int) -> int:
+        """Frames of all chunks before this one."""
+        return 0 if index == 0 else self.chunk_frames_first + (index - 1) * self.chunk_frames_rest
+
+    def chunk_bytes(self, index: int) -> int:
+        return self.chunk_frames(index) * self.width * self.height * 3
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """One accepted chunk: RGB24 frames and what its header will say."""
+
+    index: int
+    epoch: int
+    pixels: Any
+    """Array uint8 [frames, height, width, 3]; the logic only keeps it."""
+    frames: int
+    prompt_version: int
+    steps: int
+    digest: str
+    digest_prev: str
+    released_s: float
+    accepted_s: float
+    batch_size: float
+    continuity: str
+
+
+@dataclass(slots=True)
+class Viewer:
+    """The one connection that is attached. `ready` once its token is durable; `next_index` is what it gets next."""
+
+    connection: int
+    first_index: int
+    next_index: int
+    format: str
+    ready: bool = False
+
+
+@dataclass(slots=True)
+class Begun:
+    """The chunk whose credit is out or about to be: when it was released and when it is late."""
+
+    index: int
+    released_s: float
+    due_s: float
+    live: bool
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened to a session, for GET /v1/sessions/{id} and the summary in the log."""
+
+    fenced: int = 0
+    attaches: int = 0
+    on_time: int = 0
+    late: int = 0
+    replayed: int = 0

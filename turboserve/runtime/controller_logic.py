@@ -171,6 +171,11 @@ class ControllerLogic(ControllerBooks):
         return live
 
     def _on_SessionOpened(self, source: str, opened: m.SessionOpened, now_s: float) -> None:
+        known = self.sessions.get(opened.session_id)
+        if known is None or opened.epoch < known.record.epoch:
+            # Given up while the worker's channel was down: it says what it still holds, and nobody else would free it.
+            self._out.append(Send(source, m.CloseSession(session_id=opened.session_id, epoch=opened.epoch)))
+            return
         live = self._owned(source, opened.session_id, opened.epoch)
         if live is None or live.record.state is not SessionState.LOADING:
             return

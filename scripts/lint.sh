@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check -q . || { echo "run: make format" >&2; exit 1; }
 .venv/bin/mypy
-.venv/bin/lint-imports --no-logo 2>/dev/null || .venv/bin/lint-imports
+.venv/bin/lint-imports --no-cache

@@ -145,3 +145,18 @@ async def test_kill_9_in_mid_stream_leaves_no_process():
         await asyncio.to_thread(peers.process.wait)
         with pytest.raises(ProcessLookupError):
             os.kill(peers.process.pid, 0)
+
+
+async def test_a_ring_too_small_for_a_chunk_ends_the_worker_instead_of_leaving_it_stuck():
+    async with Peers() as peers:
+        await peers.start_worker(ring_bytes=4096, frames_repeat=8)
+        await peers.open(B, 1, "p")
+        peers.credit(B, 0, "p")
+        assert await asyncio.to_thread(peers.process.wait, 20) == 1
+
+
+async def test_a_controller_of_another_version_makes_it_exit_with_1():
+    async with Peers() as peers:
+        await peers.start_worker()
+        peers.controller.send(m.Failure(code="version", message="speak version 2"))
+        assert await asyncio.to_thread(peers.process.wait, 20) == 1

@@ -1,8 +1,11 @@
 """A worker process around the test double; run as a script with the worker's own arguments."""
 
+import os
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -17,6 +20,9 @@ class SlowModel(TinyModel):
     def forward(self, batch):
         time.sleep(0.002)
         return super().forward(batch)
+
+    def decode(self, state, chunk_index):
+        return np.repeat(super().decode(state, chunk_index), int(os.environ.get("TINY_FRAMES_REPEAT", "1")), axis=0)
 
 
 if __name__ == "__main__":

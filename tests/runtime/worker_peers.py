@@ -56,7 +56,7 @@ class Peers:
             if fd >= 0:
                 os.close(fd)
 
-    async def start_worker(self, *, ring_bytes: int = 1 << 16, **changes: object) -> None:
+    async def start_worker(self, *, ring_bytes: int = 1 << 16, frames_repeat: int = 1, **changes: object) -> None:
         """Spawn the process and wait until it has said hello to both."""
         self.ring_fd = frame_ring.create(ring_bytes)
         os.set_inheritable(self.ring_fd, True)
@@ -75,7 +75,8 @@ class Peers:
         )
         fd = config_fd(config)
         argv = [sys.executable, str(SCRIPT), "--config-fd", str(fd)]
-        self.process = subprocess.Popen(argv, pass_fds=(fd, self.ring_fd, self._parent[0]))  # noqa: ASYNC220
+        environment = {**os.environ, "TINY_FRAMES_REPEAT": str(frames_repeat)}
+        self.process = subprocess.Popen(argv, pass_fds=(fd, self.ring_fd, self._parent[0]), env=environment)  # noqa: ASYNC220
         os.close(fd)
         async with asyncio.timeout(60):
             await self.both.wait()

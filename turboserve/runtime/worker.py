@@ -146,7 +146,7 @@ def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
         logic,
         loaded.producer,
         command=engine_loop.put,
-        stop=lambda _reason: engine_loop.put(Quit(0)),
+        stop=lambda code: engine_loop.put(Quit(code)),
         figures=figures,
         log=log,
     )

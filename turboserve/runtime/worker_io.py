@@ -55,7 +55,7 @@ class WorkerIO:
         producer: frame_ring.FrameProducer,
         *,
         command: Callable[[e.EngineCommand], None],
-        stop: Callable[[str], None],
+        stop: Callable[[int], None],
         figures: Callable[[], Figures],
         log: Any,
     ) -> None:
@@ -87,6 +87,7 @@ class WorkerIO:
     async def run(self, signals: socket.socket) -> None:
         """Until cancelled. A byte on `signals` is the number of a signal that the process got."""
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self._on_failure)
         signals.setblocking(False)
         self._loop.add_reader(signals, self._on_signals, signals)
         config, token = self._config, bytes.fromhex(self._config.token)
@@ -136,6 +137,14 @@ class WorkerIO:
             except TimeoutError:
                 self._apply(self._logic.on_timer(time.monotonic()))
 
+    def _on_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback raised, where no task would carry it: a worker that is gone is noticed, a wrong one is not."""
+        if isinstance(context.get("exception"), OSError):
+            loop.default_exception_handler(context)  # a socket's last words
+            return
+        self._log.error("the talking thread failed", message=context.get("message"), exc_info=context.get("exception"))
+        self._stop(1)
+
     def _on_signals(self, signals: socket.socket) -> None:
         for number in signals.recv(64):
             if number == signal.SIGTERM:
@@ -144,6 +153,16 @@ class WorkerIO:
     # ------------------------------------------------------------------ carrying out
 
     def _on_engine(self, event: e.EngineEvent, epoch: int) -> None:
+        if isinstance(event, e.BrokenSession):
+            self._log.error(
+                "session broken",
+                session=event.session_id,
+                chunk=event.chunk_index,
+                code=event.code,
+                message=event.message,
+            )
+        elif isinstance(event, e.OpenFailed):
+            self._log.warning("session not opened", session=event.session_id, code=event.code, message=event.message)
         self._apply(self._logic.on_engine(event, epoch, time.monotonic()))
 
     def _apply(self, actions: Iterable[Action]) -> None:
@@ -159,7 +178,7 @@ class WorkerIO:
                 self._close_soon(action.to)
             elif isinstance(action, Stop):
                 self._log.info("stopping", reason=action.reason)
-                self._stop(action.reason)
+                self._stop(action.code)
             else:
                 self._command(action)
         if self._emits and self._retry is None:
@@ -197,7 +216,7 @@ class WorkerIO:
                         return
                 except Conflict as error:
                     self._log.error("the frame ring has a newer writer", error=str(error))
-                    self._stop("replaced by a newer worker")
+                    self._stop(0)
                     self._emits.clear()
                     return
                 self._send(GATEWAY, _announcement(emit, chunk))

@@ -74,9 +74,10 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End the process."""
+    """End the process; an exit code other than 0 asks the launcher for another one."""
 
     reason: str
+    code: int = 0
 
 
 Action: TypeAlias = Send | Emit | Beat | Drop | Stop | e.EngineCommand
@@ -343,7 +344,7 @@ class WorkerLogic:
             self._out.append(Stop(asked.reason or "told to stop"))
 
     def _on_failure(self, failure: m.Failure, now_s: float) -> None:
-        self._out.append(Stop(f"refused by a peer: {failure.code}: {failure.message}"))
+        self._out.append(Stop(f"refused by a peer: {failure.code}: {failure.message}", code=1))
 
     def _tell_leaving(self) -> None:
         self._tell(m.WorkerLeaving(worker_id=self.hello.worker_id, worker_epoch=self.hello.worker_epoch))

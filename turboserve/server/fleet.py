@@ -102,11 +102,12 @@ class Fleet:
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{ports.port_of(self.http)}"
 
     def start(self) -> None:
-        """Start all processes; the order does not matter to them, each waits for the one it needs."""
+        """Start all processes; each waits for the one it needs. They stop in the opposite order: the gateway sends
+        its viewers away and lets its sessions go, so that the workers then hold nothing and end at once."""
         self._launcher.add("controller", self._start_controller)
-        self._launcher.add("gateway", self._start_gateway)
         for number in range(self.options.workers):
             self._launcher.add(f"w{number}", self._worker_starter(f"w{number}"))
+        self._launcher.add("gateway", self._start_gateway)
 
     def _start_controller(self, generation: int) -> tuple[list[str], int, tuple[int, ...]]:
         spec, options = self.spec, self.options

@@ -205,5 +205,29 @@ async def test_killing_the_gateway_keeps_streams_resumable(tmp_path: Path) -> No
         assert client.digests == reference.digests
 
 
+async def test_a_stop_sends_viewers_away_and_a_restart_takes_them_back(tmp_path: Path) -> None:
+    with start_server(tmp_path) as server:
+        client = Client(server.url, await open_session(server.url))
+        await client.run(4)
+        url = client.url
+        async with websockets.connect(url, max_size=None, compression=None) as socket:
+            await socket.send(json.dumps({"type": "attach", "token": client.token, "next_index": 4, "pace": "free"}))
+            client.token = json.loads(await socket.recv())["token"]
+            began_s = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(websockets.ConnectionClosed):
+                while True:
+                    await asyncio.wait_for(socket.recv(), 20)
+            assert socket.close_code == 1012
+        code = await asyncio.to_thread(server.process.wait, 20)
+        assert code == 0 and time.monotonic() - began_s < 9
+        port = int(server.url.rpartition(":")[2])
+    with start_server(tmp_path, port=port) as server:
+        await client.run(6)
+        reference = Client(server.url, await open_session(server.url))
+        await reference.run(6)
+        assert client.digests == reference.digests
+
+
 def cmdline(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -115,10 +115,10 @@ class Gateway:
         self.stopped.set()
 
     def drain(self) -> None:
-        """Not ready from now on; viewers are told to come back."""
-        self.logic.draining = True
+        """Not ready from now on; viewers are told to come back: to the gateway that reads our log."""
         for viewer in list(self.viewers.values()):
             viewer.close(1012, "the server restarts; attach again")
+        self.apply(self.logic.let_go(self.now()))
 
     def close(self) -> None:
         if self._timer is not None:

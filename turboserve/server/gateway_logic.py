@@ -230,6 +230,16 @@ class GatewayLogic:
                 session.pump(now_s)
         return self.outbox.take()
 
+    def let_go(self, now_s: float) -> list[Effect]:
+        """This gateway stops. Workers need not hold what its log can make again, so they end at once."""
+        self.draining = True
+        for session in self.sessions.values():
+            if session.ended_s is None and not session.adrift:
+                session.lose()
+                session.adrift = True
+                self._operate(end_message(session.sid, "gateway_stops"), now_s)
+        return self.outbox.take()
+
     def controller_lost(self) -> list[Effect]:
         self.controller_up = False
         return []

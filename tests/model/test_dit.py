@@ -24,9 +24,7 @@ from turboserve.model.dit import (
 
 GRID = (4, 4)
 TOKENS = GRID[0] * GRID[1]
-SLOT = SlotGeometry(
-    chunk_latent_frames=1, tokens_per_latent_frame=TOKENS, sink_latent_frames=1, window_latent_frames=3
-)
+SLOT = SlotGeometry(chunk_latent_frames=1, tokens_per_latent_frame=TOKENS, sink_latent_frames=1, window_latent_frames=3)
 LEVELS = (0.0, 1000.0, 625.0)
 
 
@@ -153,10 +151,7 @@ def test_bits_are_the_same_alone_and_packed_in_any_order(others):
 def test_order_in_the_batch_does_not_matter():
     model = make()
     levels, order = model.level_table(LEVELS), [0, 1, 2, 3, 4]
-    rows = [
-        torch.randn(TOKENS, model.config.patch_dim, generator=torch.Generator().manual_seed(i))
-        for i in range(5)
-    ]
+    rows = [torch.randn(TOKENS, model.config.patch_dim, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     results = []
     for attempt in range(3):
         streams = [Stream(model, 10 + i) for i in range(5)]
@@ -179,12 +174,8 @@ def test_levels_are_computed_one_by_one():
 
 def test_halves_are_interleaved_pairs_in_another_order():
     config = make().config
-    angle = torch.randn(
-        7, 1, config.head_dim // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
-    )
-    x = torch.randn(
-        7, config.heads, config.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(6)
-    )
+    angle = torch.randn(7, 1, config.head_dim // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(7, config.heads, config.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
     order = halves_order(config)

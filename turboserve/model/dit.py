@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class TransformerConfig:
     patch_dim: int  # numbers per token in and out: latent channels x patch size
     text_dim: int
     text_tokens: int
+    condition_dim: int = 0  # further numbers per token that only go in (Wan's image-to-video channels; a start map)
     freq_dim: int = 256
     rope_mode: RopeMode = RopeMode.RELATIVE
     rope_theta: float = 10000.0
@@ -155,9 +157,20 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention of q [..., Tq, H, D] over k, v [..., Tk, H, D]; returns [..., Tq, H * D]."""
-    out = F.scaled_dot_product_attention(q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2))
-    return out.transpose(-3, -2).flatten(-2)
+    """Full attention of one session's q [Tq, H, D] over k, v [Tk, H, D]; returns [Tq, H * D]."""
+    # The batch axis is there for the fused kernel, which takes four dimensions only.
+    q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor, group: int) -> Tensor:
+    """x [R, dim] scaled and shifted by the [groups, 1, dim] of its group of `group` rows."""
+    return torch.addcmul(shift, x.unflatten(0, (-1, group)), 1 + scale).flatten(0, 1)
+
+
+def _gated(x: Tensor, y: Tensor, gate: Tensor, group: int) -> Tensor:
+    """x + y * gate, the gate [groups, 1, dim] by group of rows."""
+    return torch.addcmul(x.unflatten(0, (-1, group)), y.unflatten(0, (-1, group)), gate).flatten(0, 1)
 
 
 class Block(nn.Module):
@@ -221,7 +234,7 @@ class CausalVideoTransformer(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.patch_embedding = nn.Linear(config.patch_dim, dim)
+        self.patch_embedding = nn.Linear(config.patch_dim + config.condition_dim, dim)
         self.position_embedding = (
             nn.Parameter(torch.randn(config.position_tokens, dim) * 0.02) if config.position_tokens else None
         )
@@ -233,8 +246,12 @@ class CausalVideoTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
 
-    # -- conditioning
-    # -------------------------------------------------------------------------------------------
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, under their type."""
+        return cast("list[Block]", list(self.blocks))
+
+    # -- conditioning --
 
     def time_features(self, timestep: Tensor) -> Tensor:
         """Sinusoidal features of timesteps 0..1000, [..., freq_dim] (cosines first, as Wan)."""
@@ -247,7 +264,7 @@ class CausalVideoTransformer(nn.Module):
         """(blocks [..., layers, 6, dim], head [..., 2, dim]) of timesteps of any shape."""
         embedded = self.time_embedding(self.time_features(timestep))
         shared = self.time_projection(embedded).unflatten(-1, (6, -1))
-        own = torch.cat([block.modulation for block in self.blocks])
+        own = torch.cat([block.modulation for block in self.layers])
         return shared[..., None, :, :] + own, embedded[..., None, :] + self.head.modulation[0]
 
     @torch.no_grad()
@@ -261,7 +278,7 @@ class CausalVideoTransformer(nn.Module):
     def text_kv(self, text: Tensor) -> Tensor:
         """Cross-attention keys and values [layers, 2, S, H, D] of one prompt's text [S, text_dim]."""
         context = self.text_embedding(text)
-        return torch.stack([torch.stack(block.cross_attn.key_value(context)) for block in self.blocks])
+        return torch.stack([torch.stack(block.cross_attn.key_value(context)) for block in self.layers])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Patch embedding of [..., patch_dim]; the second axis from the end counts the tokens of whole
@@ -273,8 +290,7 @@ class CausalVideoTransformer(nn.Module):
             x = (x.unflatten(-2, (-1, count)) + self.position_embedding).flatten(-3, -2)
         return x
 
-    # -- training
-    # -----------------------------------------------------------------------------------------------
+    # -- training --
 
     def forward_dense(
         self,
@@ -284,8 +300,8 @@ class CausalVideoTransformer(nn.Module):
         visible: Visible,
         rotations: Mapping[int, Rotation],
     ) -> Tensor:
-        """Clips: tokens [B, C, P, patch_dim], timestep [B, C] in 0..1000, text [B, C, S, text_dim] -> like
-        tokens.
+        """Clips: tokens [B, C, P, patch_dim + condition_dim], timestep [B, C] in 0..1000, text [B, C, S, text_dim] ->
+        like tokens.
 
         The same chunk may be there twice, clean and noisy: this is how one forward trains on clean context
         ("teacher forcing").
@@ -293,7 +309,7 @@ class CausalVideoTransformer(nn.Module):
         blocks, head = self.modulation(timestep)
         context = self.text_embedding(text)
         x = self._embed(tokens)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.layers):
             x = self._block_dense(block, x, blocks[:, :, index], context, visible, rotations)
         shift, scale = head[:, :, :, None].unbind(2)
         return self.head(x, shift, scale)
@@ -342,42 +358,44 @@ class CausalVideoTransformer(nn.Module):
             out.append(_attend_dense(query, key, torch.cat([values[other] for other, _ in seen], -2)))
         return torch.stack(out, 1).transpose(2, 3).flatten(-2)
 
-    # -- serving
-    # ------------------------------------------------------------------------------------------------
+    # -- serving --
 
     @torch.no_grad()
     def forward_packed(self, tokens: Tensor, segments: Sequence[PackedSegment], levels: LevelTable) -> Tensor:
-        """One pass over packed rows [R, patch_dim] -> [R, patch_dim]; writes the segments' keys into their
-        slots.
+        """One pass over packed rows [R, patch_dim + condition_dim] -> [R, patch_dim]; writes the segments' keys into
+        their slots.
 
         Linear layers run over all rows at once; attention runs per segment, so that a segment's result does
         not depend on its neighbours.
         """
-        level = torch.tensor([one.level for one in segments], device=tokens.device)
-        lengths = torch.tensor([one.rows.stop - one.rows.start for one in segments], device=tokens.device)
-        row_level = torch.repeat_interleave(level, lengths)
+        # Rows in groups of one level each: whole segments where all are equally long, else single rows.
+        lengths = [one.rows.stop - one.rows.start for one in segments]
+        group = lengths[0] if len(set(lengths)) == 1 else 1
+        of_group = [one.level for one, length in zip(segments, lengths, strict=True) for _ in range(length // group)]
+        level = torch.tensor(of_group, device=tokens.device)
+        modulation = levels.blocks[level][..., None, :]  # [groups, layers, 6, 1, dim]
         query_rotation = Rotation(
             torch.cat([one.query_rotation.cos for one in segments]),
             torch.cat([one.query_rotation.sin for one in segments]),
         )
         x = self._embed(tokens)
-        for index, block in enumerate(self.blocks):
-            m = levels.blocks[:, index][row_level].unbind(1)
-            y = block.norm1(x) * (1 + m[1]) + m[0]
+        for index, block in enumerate(self.layers):
+            m = modulation[:, index].unbind(1)
+            y = _modulated(block.norm1(x), m[0], m[1], group)
             attention = block.self_attn
             q = rotate(attention.query(y), query_rotation)
             k, v = attention.key_value(y)
             if self.config.rope_mode is RopeMode.ABSOLUTE:
                 k = rotate(k, query_rotation)
             y = torch.cat([self._attend_slot(one, index, q, k, v) for one in segments])
-            x = x + attention.o(y) * m[2]
+            x = _gated(x, attention.o(y), m[2], group)
             q = block.cross_attn.query(block.norm3(x))
             y = torch.cat([attend(q[one.rows], *one.text_kv[index].unbind(0)) for one in segments])
             x = x + block.cross_attn.o(y)
-            y = block.norm2(x) * (1 + m[4]) + m[3]
-            x = x + block.ffn(y) * m[5]
-        shift, scale = levels.head[row_level].unbind(1)
-        return self.head(x, shift, scale)
+            y = _modulated(block.norm2(x), m[3], m[4], group)
+            x = _gated(x, block.ffn(y), m[5], group)
+        shift, scale = levels.head[level][:, :, None].unbind(1)
+        return self.head.head(_modulated(self.head.norm(x), shift, scale, group))
 
     @staticmethod
     def _attend_slot(segment: PackedSegment, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -413,7 +431,7 @@ def init_weights(model: CausalVideoTransformer, seed: int) -> None:
                 bound = math.sqrt(6 / (module.in_features + module.out_features))
                 module.weight.uniform_(-bound, bound, generator=generator)
                 module.bias.zero_()
-        for block in model.blocks:
+        for block in model.layers:
             block.modulation.normal_(0, model.config.dim**-0.5, generator=generator)
         if model.position_embedding is not None:
             model.position_embedding.normal_(0, 0.02, generator=generator)

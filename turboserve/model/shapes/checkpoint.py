@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from turboserve.errors import CheckpointError
 from turboserve.model.shapes.codec import PatchCodec, random_codec
 from turboserve.model.shapes.network import CONFIG, ShapesNetwork, fresh_network
+from turboserve.model.shapes.sharpen import Sharpener
 from turboserve.model.shapes.spec import WEIGHTS_PATH, weights_digest
 
 FORMAT = "turboserve-shapes-1"
@@ -27,13 +28,17 @@ FORMAT = "turboserve-shapes-1"
 class ShapesWeights:
     network: ShapesNetwork
     codec: PatchCodec
+    sharpener: Sharpener
     digest: str
     metadata: dict[str, Any]
 
 
-def save_weights(path: Path, network: ShapesNetwork, codec: PatchCodec, training: dict[str, Any]) -> None:
+def save_weights(
+    path: Path, network: ShapesNetwork, codec: PatchCodec, sharpener: Sharpener, training: dict[str, Any]
+) -> None:
     """Write weights with their metadata: the config, and what `training` says (seed, steps, commit)."""
     tensors = {f"network.{name}": one for name, one in network.state_dict().items()}
+    tensors |= {f"sharpener.{name}": one for name, one in sharpener.state_dict().items()}
     tensors |= {f"codec.{name}": one for name, one in codec.tensors().items()}
     metadata = {
         "format": FORMAT,
@@ -42,9 +47,7 @@ def save_weights(path: Path, network: ShapesNetwork, codec: PatchCodec, training
         "licence": "Apache-2.0",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: one.detach().half().contiguous() for name, one in tensors.items()}, path, metadata=metadata
-    )
+    save_file({name: one.detach().half().contiguous() for name, one in tensors.items()}, path, metadata=metadata)
 
 
 def load_weights(path: Path = WEIGHTS_PATH) -> ShapesWeights:
@@ -60,16 +63,14 @@ def load_weights(path: Path = WEIGHTS_PATH) -> ShapesWeights:
         ) from None
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path.name} holds {metadata.get('format')!r}", expected=FORMAT)
-    network = ShapesNetwork()
-    parts = _part(tensors, "network.")
-    missing, unexpected = network.load_state_dict(parts, strict=False)
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{path.name}: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}"
-        )
-    return ShapesWeights(
-        network.eval(), PatchCodec.from_tensors(_part(tensors, "codec.")), weights_digest(path), metadata
-    )
+    network, sharpener = ShapesNetwork(), Sharpener()
+    for module, prefix in ((network, "network."), (sharpener, "sharpener.")):
+        try:
+            module.load_state_dict(_part(tensors, prefix))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path.name} does not fit: {error}") from None
+    codec = PatchCodec.from_tensors(_part(tensors, "codec."))
+    return ShapesWeights(network.eval(), codec, sharpener.eval(), weights_digest(path), metadata)
 
 
 def random_weights(seed: int) -> ShapesWeights:
@@ -78,7 +79,7 @@ def random_weights(seed: int) -> ShapesWeights:
     generator = torch.Generator().manual_seed(seed + 2)
     with torch.no_grad():
         network.transformer.head.head.weight.normal_(0, 0.05, generator=generator)
-    return ShapesWeights(network.eval(), random_codec(seed), f"random-{seed}", {})
+    return ShapesWeights(network.eval(), random_codec(seed), Sharpener().eval(), f"random-{seed}", {})
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from turboserve.model.shapes.codec import PatchCodec
 from turboserve.model.shapes.script import random_script
+from turboserve.model.shapes.start_map import start_maps
 from turboserve.model.shapes.world import play, render
 
 CLIP_CHUNKS = 6
@@ -23,32 +24,31 @@ SHARD_CLIPS = 128
 class Shard:
     latents: Tensor  # float16 [clips, CLIP_CHUNKS, 36, TOKEN_DIM]
     prompts: Tensor  # int64 [clips, CLIP_CHUNKS, SLOT_COUNT]
+    starts: Tensor  # float16 [clips, 36, START_DIM]
 
 
-def make_frames(clips: int, seed: int, chunks: int = CLIP_CHUNKS) -> tuple[Tensor, Tensor]:
-    """(frames [clips, chunks * 4, 3, 96, 96] in [-1, 1], prompts)."""
+def make_frames(clips: int, seed: int, chunks: int = CLIP_CHUNKS) -> tuple[Tensor, Tensor, Tensor]:
+    """(frames [clips, chunks * 4, 3, 96, 96] in [-1, 1], prompts, start maps)."""
     script = random_script(clips, chunks, torch.Generator().manual_seed(seed))
-    return render(script, play(script)) * 2 - 1, script.tokens()
+    starts = start_maps(script.start, script.count[:, 0] == 1)
+    return render(script, play(script)) * 2 - 1, script.tokens(), starts
 
 
 def make_shard(codec: PatchCodec, seed: int, index: int, clips: int = SHARD_CLIPS) -> Shard:
-    latents, prompts = [], []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for part in range(0, clips, 32):
-        frames, tokens = make_frames(32, seed * 1_000_003 + index * 1_009 + part)
-        latents.append(codec.encode(frames).half())
-        prompts.append(tokens)
-    return Shard(torch.cat(latents), torch.cat(prompts))
+        frames, tokens, starts = make_frames(32, seed * 1_000_003 + index * 1_009 + part)
+        parts.append((codec.encode(frames).half(), tokens, starts.half()))
+    return Shard(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _produce(
-    queue: multiprocessing.Queue, codec: tuple[Tensor, Tensor, Tensor], seed: int, first: int
-) -> None:
+def _produce(queue: multiprocessing.Queue, codec: tuple[Tensor, Tensor, Tensor], seed: int, first: int) -> None:
     os.nice(3)
     torch.set_num_threads(1)
     index = first
     while True:
         shard = make_shard(PatchCodec(*codec), seed, index)
-        queue.put((index, shard.latents.numpy(), shard.prompts.numpy()))
+        queue.put((index, *(one.numpy() for one in (shard.latents, shard.prompts, shard.starts))))
         index += 1
 
 
@@ -61,31 +61,30 @@ class ClipPool:
         context = multiprocessing.get_context("spawn")
         self._queue = context.Queue(maxsize=16)
         parts = (codec.mean, codec.basis, codec.scale)
-        self._process = context.Process(
-            target=_produce, args=(self._queue, parts, seed, first_shard), daemon=True
-        )
+        self._process = context.Process(target=_produce, args=(self._queue, parts, seed, first_shard), daemon=True)
         self._process.start()
         self._shards: list[Shard] = []
         self._capacity = capacity // SHARD_CLIPS
         self.next_shard = first_shard
 
     def grow(self) -> None:
-        index, latents, prompts = self._queue.get()
+        index, *arrays = self._queue.get()
         assert index == self.next_shard
         self.next_shard += 1
-        self._shards.append(Shard(torch.from_numpy(latents), torch.from_numpy(prompts)))
+        self._shards.append(Shard(*(torch.from_numpy(one) for one in arrays)))
         del self._shards[: -self._capacity]
 
     @property
     def clips(self) -> int:
         return len(self._shards) * SHARD_CLIPS
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(latents float32, prompts) of `count` random clips."""
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(latents float32, prompts, start maps float32) of `count` random clips."""
         picks = torch.randint(self.clips, (count,), generator=generator).tolist()
         chosen = [(self._shards[pick // SHARD_CLIPS], pick % SHARD_CLIPS) for pick in picks]
         latents = torch.stack([shard.latents[row] for shard, row in chosen]).float()
-        return latents, torch.stack([shard.prompts[row] for shard, row in chosen])
+        prompts = torch.stack([shard.prompts[row] for shard, row in chosen])
+        return latents, prompts, torch.stack([shard.starts[row] for shard, row in chosen]).float()
 
     def close(self) -> None:
         self._process.terminate()

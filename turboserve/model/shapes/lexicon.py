@@ -42,9 +42,7 @@ _SYNONYMS: dict[tuple[str, str], str] = {
     ("background", "black"): "black",
     ("background", "grey"): "grey gray",
 }
-LEXICON: dict[str, tuple[str, str]] = {
-    word: meaning for meaning, words in _SYNONYMS.items() for word in words.split()
-}
+LEXICON: dict[str, tuple[str, str]] = {word: meaning for meaning, words in _SYNONYMS.items() for word in words.split()}
 
 # A background noun and the colour it has when none is named ("" leaves it to the seed).
 BACKGROUND_NOUNS: dict[str, str] = {

@@ -18,6 +18,7 @@ from turboserve.model.dit import (
 from turboserve.model.shapes import vocabulary as v
 from turboserve.model.shapes.codec import TOKEN_DIM
 from turboserve.model.shapes.spec import TOKENS
+from turboserve.model.shapes.start_map import START_DIM
 
 CONFIG = TransformerConfig(
     layers=6,
@@ -27,13 +28,16 @@ CONFIG = TransformerConfig(
     patch_dim=TOKEN_DIM,
     text_dim=64,
     text_tokens=v.SLOT_COUNT,
+    condition_dim=START_DIM,
     rope_theta=100.0,
     position_tokens=TOKENS,
 )
 
 
 class ShapesNetwork(nn.Module):
-    """Predicts clean latents. Tokens are [.., 36, TOKEN_DIM], prompts [.., SLOT_COUNT] token ids."""
+    """Predicts clean latents. Tokens in are [.., 36, TOKEN_DIM + START_DIM], out TOKEN_DIM; prompts [.., SLOT_COUNT]
+    token ids.
+    """
 
     def __init__(self, config: TransformerConfig = CONFIG) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -35,6 +36,9 @@ HUES = (
     (361, "red"),
 )
 _AXES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+_Delta = TypeVar("_Delta", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,22 @@ def name_colour(rgb: np.ndarray) -> str:
     return next(name for limit, name in HUES if hue < limit)
 
 
-def foreground(frame: np.ndarray) -> np.ndarray:
-    """Pixels [H, W] that differ from their row's median colour. frame: uint8 [H, W, 3]."""
+def backdrop(pixels: np.ndarray) -> np.ndarray:
+    """The background of a frame, float32 [H, 1, 3]: a straight vertical gradient, fitted so that things do not count.
+
+    Medians of rows, their median slope and their median offset: two wide things side by side move none of the three.
+    """
+    rows = np.median(pixels, axis=1)
+    height = len(rows)
+    slope = np.median(rows[height // 2 :] - rows[: height - height // 2], axis=0) / (height // 2)
+    y = np.arange(height, dtype=np.float32)[:, None]
+    return (np.median(rows - slope * y, axis=0) + slope * y)[:, None]
+
+
+def distance_map(frame: np.ndarray) -> np.ndarray:
+    """How far each pixel's colour lies from the background, [H, W]. frame: uint8 [H, W, 3]."""
     pixels = frame.astype(np.float32)
-    background = np.median(pixels, axis=1, keepdims=True)
-    return np.sqrt(((pixels - background) ** 2).sum(-1)) > FOREGROUND_DISTANCE
+    return np.sqrt(((pixels - backdrop(pixels)) ** 2).sum(-1))
 
 
 def components(mask: np.ndarray) -> np.ndarray:
@@ -136,12 +151,10 @@ def components(mask: np.ndarray) -> np.ndarray:
 
 def _circular_mean(values: np.ndarray, period: int) -> float:
     angle = values * (2 * math.pi / period)
-    return (
-        float(np.arctan2(np.sin(angle).mean(), np.cos(angle).mean()) % (2 * math.pi)) * period / (2 * math.pi)
-    )
+    return float(np.arctan2(np.sin(angle).mean(), np.cos(angle).mean()) % (2 * math.pi)) * period / (2 * math.pi)
 
 
-def _wrapped(delta: np.ndarray | float, period: int) -> np.ndarray | float:
+def _wrapped(delta: _Delta, period: int) -> _Delta:
     return (delta + period / 2) % period - period / 2
 
 
@@ -164,23 +177,24 @@ def name_shape(xs: np.ndarray, ys: np.ndarray) -> str:
 def find_blobs(frame: np.ndarray) -> list[Blob]:
     """The things in a frame uint8 [H, W, 3], largest first."""
     height, width = frame.shape[:2]
-    labels = components(foreground(frame))
+    distance = distance_map(frame)
+    labels = components(distance > FOREGROUND_DISTANCE)
     blobs = []
     for label in np.unique(labels[labels > 0]):
         ys, xs = np.nonzero(labels == label)
         if len(xs) < AREA_MIN_PX:
             continue
         x, y = _circular_mean(xs, width), _circular_mean(ys, height)
-        # The median ignores the mixed colours of the edge.
-        colour = name_colour(np.median(frame[ys, xs], axis=0))
+        # An outline's pixels mix with the background: the purer half names the colour.
+        purity = distance[ys, xs]
+        pure = purity >= np.median(purity)
+        colour = name_colour(np.median(frame[ys[pure], xs[pure]], axis=0))
         shape = name_shape(_wrapped(xs - x, width), _wrapped(ys - y, height))
         blobs.append(Blob(x, y, len(xs), colour, shape))
     return sorted(blobs, key=lambda blob: -blob.area)
 
 
-def displacement(
-    first: Sequence[Blob], last: Sequence[Blob], width: int, height: int
-) -> list[tuple[float, float]]:
+def displacement(first: Sequence[Blob], last: Sequence[Blob], width: int, height: int) -> list[tuple[float, float]]:
     """Motion (dx, dy) in pixels of each thing of `first` to the nearest one of its colour in `last`."""
     moves = []
     for blob in first:

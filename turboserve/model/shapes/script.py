@@ -43,13 +43,9 @@ def random_script(scenes: int, chunks: int, generator: torch.Generator) -> Scrip
             "background": draw(len(v.BACKGROUNDS), scenes),
             "shape": pair(draw(len(v.SHAPES), scenes), draw(len(v.SHAPES), scenes), unlike),
             "colour": pair(draw(_PALETTE, scenes), draw(_PALETTE, scenes), unlike),
-            "size": pair(
-                draw(len(v.SIZES), scenes), draw(len(v.SIZES), scenes), unlike & chance(0.4, scenes)
-            ),
+            "size": pair(draw(len(v.SIZES), scenes), draw(len(v.SIZES), scenes), unlike & chance(0.4, scenes)),
             "motion": pair(motions(scenes), motions(scenes), apart),
-            "speed": pair(
-                draw(len(v.SPEEDS), scenes), draw(len(v.SPEEDS), scenes), apart & chance(0.4, scenes)
-            ),
+            "speed": pair(draw(len(v.SPEEDS), scenes), draw(len(v.SPEEDS), scenes), apart & chance(0.4, scenes)),
         }
 
     # How often one attribute changes alone at a boundary; "all" asks for a whole new scene.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from turboserve.model.interface import ChunkRequest, Control, SessionTensors, pack
+from turboserve.model.interface import ChunkRequest, Control, SessionTensors, StreamingModel, pack
 
 if TYPE_CHECKING:
     from turboserve.model.shapes.model import ShapesModel
@@ -20,7 +20,7 @@ _PROMPTS = (
 )
 
 
-def allocate(model: ShapesModel, session_id: str, seed: int) -> SessionTensors:
+def allocate(model: StreamingModel, session_id: str, seed: int) -> SessionTensors:
     """A session's zeroed state outside any pool: for tests, scoring and the probe below."""
     tensors = {
         one.name: torch.zeros(one.shape, dtype=getattr(torch, one.dtype), device=model.device)

@@ -14,9 +14,7 @@ from turboserve.model.shapes import vocabulary as v
 WEIGHTS_PATH = Path(__file__).parent / "weights" / "shapes.safetensors"
 TOKENS = v.TOKENS_PER_SIDE**2
 # One chunk is one latent frame: a sink chunk, and a window of two past chunks and the one in work.
-SLOT = SlotGeometry(
-    chunk_latent_frames=1, tokens_per_latent_frame=TOKENS, sink_latent_frames=1, window_latent_frames=3
-)
+SLOT = SlotGeometry(chunk_latent_frames=1, tokens_per_latent_frame=TOKENS, sink_latent_frames=1, window_latent_frames=3)
 SCHEDULE = NoiseSchedule.uniform(steps=4, shift=5.0)
 
 

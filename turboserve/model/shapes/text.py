@@ -54,14 +54,10 @@ class Scene:
         for index in range(v.OBJECTS_MAX):
             if index < len(self.objects):
                 one = self.objects[index]
-                cells = (v.CELLS[cell] for cell in self.start[index])
-                values += [one.shape, one.colour, one.size, one.motion, one.speed, *cells]
+                values += [one.shape, one.colour, one.size, one.motion, one.speed]
             else:
                 values += [v.NONE] * v.OBJECT_SLOT_COUNT
-        return [
-            v.TOKEN_OFFSET[name] + known.index(value)
-            for (name, known), value in zip(v.SLOTS, values, strict=True)
-        ]
+        return [v.TOKEN_OFFSET[name] + known.index(value) for (name, known), value in zip(v.SLOTS, values, strict=True)]
 
     def words(self) -> str:
         """The scene as a sentence in the model's own words."""
@@ -324,9 +320,7 @@ def _keep_places(scene: Scene, previous: Scene) -> Scene:
 
     def agreement(objects: tuple[SceneObject, ...]) -> int:
         pairs = zip(objects, previous.objects, strict=False)
-        return sum(
-            getattr(a, name) == getattr(b, name) for a, b in pairs for name in ("shape", "colour", "size")
-        )
+        return sum(getattr(a, name) == getattr(b, name) for a, b in pairs for name in ("shape", "colour", "size"))
 
     swapped = scene.objects[::-1]
     if agreement(swapped) > agreement(scene.objects):

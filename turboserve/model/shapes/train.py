@@ -28,7 +28,8 @@ from turboserve.model.dit import Rotation
 from turboserve.model.shapes.clips import CLIP_CHUNKS, ClipPool, make_frames
 from turboserve.model.shapes.codec import PatchCodec
 from turboserve.model.shapes.network import ShapesNetwork, fresh_network, rotary_table
-from turboserve.model.shapes.spec import SCHEDULE, SLOT
+from turboserve.model.shapes.spec import SCHEDULE, SLOT, TOKENS
+from turboserve.model.shapes.start_map import START_DIM
 
 _CLEAN = CLIP_CHUNKS - 1
 
@@ -54,6 +55,7 @@ class TrainConfig:
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     ema: float = 0.998
+    codec_clips: int = 96
     pool_clips: int = 12288
     first_clips: int = 1024
     grow_every: int = 12
@@ -83,7 +85,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed + 17)
         self.step = 0
         self.elapsed_s = 0.0
-        frames, _ = make_frames(96, config.seed + 5)
+        frames, _, _ = make_frames(config.codec_clips, config.seed + 5)
         self.codec = PatchCodec.fit(frames[:, ::3])
         self._visible = visible_chunks()
         table = rotary_table()
@@ -91,8 +93,7 @@ class Trainer:
         self._levels = torch.tensor(SCHEDULE.sigmas)
         self._next_shard = 0
 
-    # -- one step
-    # ---------------------------------------------------------------------------------------------
+    # -- one step --
 
     def _rand(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator)
@@ -101,20 +102,23 @@ class Trainer:
         return torch.randn(x.shape, generator=self.generator)
 
     def _predict(
-        self, clean: Tensor, clean_prompt: Tensor, noisy: Tensor, prompt: Tensor, sigma: Tensor
+        self, clean: Tensor, clean_prompt: Tensor, noisy: Tensor, prompt: Tensor, sigma: Tensor, starts: Tensor
     ) -> Tensor:
-        """Clean estimates [B, 6, 36, D] of the noisy chunks, in bfloat16 arithmetic on float32 weights."""
+        """Clean estimates [B, 6, 36, D] of the noisy chunks, in bfloat16 arithmetic on float32 weights.
+
+        `starts` [B, 2, 36, START_DIM] are the start maps of the sink and of the noisy first chunk.
+        """
         weights = {name: one.bfloat16() for name, one in self.network.named_parameters()}
         timestep = torch.cat([torch.zeros(len(sigma), _CLEAN), sigma * 1000], 1)
-        rotations = {
-            at: Rotation(one.cos.bfloat16(), one.sin.bfloat16()) for at, one in self._rotations.items()
-        }
-        tokens = torch.cat([clean, noisy], 1).bfloat16()
+        rotations = {at: Rotation(one.cos.bfloat16(), one.sin.bfloat16()) for at, one in self._rotations.items()}
+        maps = torch.zeros(len(sigma), _CLEAN + CLIP_CHUNKS, TOKENS, START_DIM)
+        maps[:, 0], maps[:, _CLEAN] = starts[:, 0], starts[:, 1]
+        tokens = torch.cat([torch.cat([clean, noisy], 1), maps], -1).bfloat16()
         prompts = torch.cat([clean_prompt, prompt], 1)
         out = functional_call(self.network, weights, (tokens, timestep, prompts, self._visible, rotations))
         return out[:, _CLEAN:].float()
 
-    def loss(self, latents: Tensor, prompt: Tensor, self_forcing: bool) -> Tensor:
+    def loss(self, latents: Tensor, prompt: Tensor, start: Tensor, self_forcing: bool) -> Tensor:
         batch = len(latents)
         sigma = self._levels[torch.randint(4, (batch, CLIP_CHUNKS), generator=self.generator)]
         s = sigma[:, :, None, None]
@@ -124,22 +128,25 @@ class Trainer:
         clean = clean + dirt * self._randn_like(clean)
         ahead = self._rand(batch, 1, 1) < 0.12
         clean_prompt = torch.where(ahead, prompt[:, 1:], prompt[:, :_CLEAN])
+        starts = torch.stack([start, start], 1)
         if self_forcing:
             with torch.no_grad():
-                guess = self._predict(clean, clean_prompt, noisy, prompt, sigma)[:, :_CLEAN]
-            # The steps before the last are blurrier than what serving ever keeps.
+                guess = self._predict(clean, clean_prompt, noisy, prompt, sigma, starts)[:, :_CLEAN]
+            # What the noisier steps guess is blurrier than what serving ever keeps.
             usable = (s[:, :_CLEAN] < 0.9) & (self._rand(batch, _CLEAN, 1, 1) < 0.8)
             clean = torch.where(usable, guess, clean)
-        # Somebody else's first chunk: then only chunks that have two predecessors of their own can be
-        # predicted.
+        # Somebody else's first chunk: then only chunks that have two predecessors of their own can be predicted.
         foreign = self._rand(batch) < 0.33
-        sink = torch.where(foreign[:, None, None], clean[:, 0].roll(1, 0), clean[:, 0])
-        sink_prompt = torch.where(foreign[:, None], clean_prompt[:, 0].roll(1, 0), clean_prompt[:, 0])
-        clean = torch.cat([sink[:, None], clean[:, 1:]], 1)
-        clean_prompt = torch.cat([sink_prompt[:, None], clean_prompt[:, 1:]], 1)
-        weight = (1 / (s * s + 0.1)).clamp(max=3.0).repeat(1, 1, 1, 1)
+
+        def swapped(own: Tensor) -> Tensor:
+            return torch.where(foreign.view(-1, *[1] * (own.ndim - 1)), own.roll(1, 0), own)
+
+        clean = torch.cat([swapped(clean[:, 0])[:, None], clean[:, 1:]], 1)
+        clean_prompt = torch.cat([swapped(clean_prompt[:, 0])[:, None], clean_prompt[:, 1:]], 1)
+        starts = torch.stack([swapped(start), start], 1)
+        weight = (1 / (s * s + 0.1)).clamp(max=3.0)
         weight[:, 1:3] *= (~foreign).float()[:, None, None, None]
-        out = self._predict(clean, clean_prompt, noisy, prompt, sigma)
+        out = self._predict(clean, clean_prompt, noisy, prompt, sigma, starts)
         error = (out - latents).pow(2).mean((-1, -2), keepdim=True)
         return (error * weight).sum() / weight.sum()
 
@@ -149,9 +156,9 @@ class Trainer:
         rate *= max(0.01, 0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        latents, prompt = pool.draw(config.batch, self.generator)
+        latents, prompt, start = pool.draw(config.batch, self.generator)
         forcing = share > config.self_forcing_from and self.step % 2 == 0
-        loss = self.loss(latents, prompt, forcing)
+        loss = self.loss(latents, prompt, start, forcing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -163,8 +170,7 @@ class Trainer:
                 self.ema[name].lerp_(one, 1 - decay)
         return loss.item()
 
-    # -- the run
-    # ----------------------------------------------------------------------------------------------
+    # -- the run --
 
     def share(self) -> float:
         """How much of the run is done, 0..1: by steps where they were asked for, else by time."""
@@ -195,13 +201,39 @@ class Trainer:
         finally:
             pool.close()
 
+    def summary(self) -> dict[str, object]:
+        """How these weights were made, for their metadata."""
+        config = self.config
+        return {
+            "seed": config.seed,
+            "steps": self.step,
+            "batch": config.batch,
+            "minutes": round(self.elapsed_s / 60, 1),
+            "learning_rate": config.learning_rate,
+            "torch": torch.__version__,
+        }
+
     def ema_network(self) -> ShapesNetwork:
         network = ShapesNetwork()
         network.load_state_dict(self.ema)
         return network.eval()
 
-    # -- checkpoints
-    # ------------------------------------------------------------------------------------------
+    def predict_last_step(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """A function (latents, prompts, starts) -> what the averaged network makes of them in its last denoise step,
+        on clean context; the sharpener trains on that."""
+        self.network.load_state_dict(self.ema)
+
+        @torch.no_grad()
+        def predict(latents: Tensor, prompt: Tensor, start: Tensor) -> Tensor:
+            sigma = torch.full(latents.shape[:2], SCHEDULE.sigmas[-1])
+            s = sigma[:, :, None, None]
+            noisy = (1 - s) * latents + s * self._randn_like(latents)
+            starts = torch.stack([start, start], 1)
+            return self._predict(latents[:, :_CLEAN], prompt[:, :_CLEAN], noisy, prompt, sigma, starts)
+
+        return predict
+
+    # -- checkpoints --
 
     @property
     def checkpoint_path(self) -> Path:

@@ -1,7 +1,7 @@
 """What the `shapes` model can draw, and the fixed token slots a scene is written in.
 
 A scene is SLOT_COUNT tokens in a fixed order: the object count, the background, then shape, colour, size,
-motion, speed and start cell (x, y) of each of two objects. An absent object's slots hold "none". Words that a
+motion, speed of each of two objects. An absent object's slots hold "none". Words that a
 prompt leaves open are filled before a scene gets here (`prompt.py`), so a scene is always complete.
 
 Lengths are pixels of a 96 x 96 picture, speeds pixels a frame, angles degrees a frame.
@@ -52,7 +52,6 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "grey": (58, 60, 66),
     "dark purple": (46, 20, 70),
 }
-CELLS = tuple(f"c{cell}" for cell in range(START_CELLS))
 
 # (slot name, its values). The order is part of the trained weights.
 _OBJECT_SLOTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -61,8 +60,6 @@ _OBJECT_SLOTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("size", (*SIZES, NONE)),
     ("motion", (*MOTIONS, NONE)),
     ("speed", (*SPEEDS, NONE)),
-    ("x", (*CELLS, NONE)),
-    ("y", (*CELLS, NONE)),
 )
 SLOTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("count", COUNTS),

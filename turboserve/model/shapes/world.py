@@ -42,19 +42,11 @@ class Script:
 
     def tokens(self) -> torch.Tensor:
         """Token ids [B, C, SLOT_COUNT] (vocabulary.SLOTS)."""
-        chunks = self.count.shape[1]
-        start = self.start[:, None].expand(-1, chunks, -1, -1)
-        per_object = torch.stack(
-            [self.shape, self.colour, self.size, self.motion, self.speed, start[..., 0], start[..., 1]], -1
-        )
-        none = torch.tensor(
-            [len(values) - 1 for _, values in v.SLOTS[v.FIRST_OBJECT_SLOT :][: v.OBJECT_SLOT_COUNT]]
-        )
+        per_object = torch.stack([self.shape, self.colour, self.size, self.motion, self.speed], -1)
+        none = torch.tensor([len(values) - 1 for _, values in v.SLOTS[v.FIRST_OBJECT_SLOT :][: v.OBJECT_SLOT_COUNT]])
         absent = (self.count == 0)[..., None]
         second = torch.where(absent, none, per_object[:, :, 1])
-        slots = torch.cat(
-            [self.count[..., None], self.background[..., None], per_object[:, :, 0], second], -1
-        )
+        slots = torch.cat([self.count[..., None], self.background[..., None], per_object[:, :, 0], second], -1)
         return slots + torch.tensor(v.slot_offsets())
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import platform
 import random
 import subprocess
@@ -187,6 +188,7 @@ def commit() -> str:
 def main(url: str | None, attaches: int, switches: int, watch_s: float, seed: int, out: Path | None) -> None:
     """Measure the page in headless Chromium; rows as JSON."""
     rows: list[dict[str, Any]] = []
+    load_before = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         address = url or stack.enter_context(serving())
         browser = stack.enter_context(chromium())
@@ -201,7 +203,13 @@ def main(url: str | None, attaches: int, switches: int, watch_s: float, seed: in
         if watch_s:
             rows += measure_smoothness(page, 1, watch_s)
             rows += measure_smoothness(page, 4, watch_s)
-        machine = {"cpu": _cpu(), "python": platform.python_version(), "chromium": browser.version}
+        machine = {
+            "cpu": _cpu(),
+            "load_1min_before": round(load_before, 1),
+            "niceness": os.nice(0),
+            "python": platform.python_version(),
+            "chromium": browser.version,
+        }
     report = {"bench": "page", "commit": commit(), "machine": machine, "rows": rows}
     text = json.dumps(report, indent=1)
     if out:
@@ -211,6 +219,7 @@ def main(url: str | None, attaches: int, switches: int, watch_s: float, seed: in
 
 
 def _cpu() -> str:
+    """Count and name of the processors."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

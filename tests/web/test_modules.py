@@ -24,6 +24,7 @@ SIMULATE = """async ({ arrivals, until, holds }) => {
   const playout = new Playout(12);
   const shown = [];
   const delays = [];
+  const moments = [];
   let chunk = 0;
   for (let now = 0; now < until; now += 1 / 60) {
     for (const [at, action] of holds) {
@@ -37,10 +38,11 @@ SIMULATE = """async ({ arrivals, until, holds }) => {
     const { show, skipped } = playout.tick(now);
     for (const frame of [...skipped, ...(show ? [show] : [])]) {
       shown.push([frame.index, frame.position]);
+      moments.push(now);
       if (frame.position === 0) delays.push(now - arrivals[frame.index]);
     }
   }
-  return { shown, delays, stalls: playout.stalls, stalledS: playout.stalledS, buffered: playout.bufferedS };
+  return { shown, delays, moments, stalls: playout.stalls, stalledS: playout.stalledS, buffered: playout.bufferedS };
 }"""
 
 
@@ -67,6 +69,17 @@ def test_playout_of_steady_arrivals_never_stalls_and_keeps_little_in_hand(server
     assert [tuple(one) for one in result["shown"][: len(order)]] == order, "every frame once, in order"
     settled = result["delays"][20:]
     assert max(settled) < 0.12, "a chunk is on the screen soon after it arrived"
+
+
+def test_playout_that_waited_long_for_its_first_chunk_starts_at_its_beginning(
+    server: Server, open_page: OpenPage
+) -> None:
+    watcher = open_page(server.url)
+    arrivals = [5 + time for time in live_arrivals(30, latency_s=0.1, jitter_s=0)]
+    result = simulate(watcher, arrivals, until=13)
+    assert result["stalls"] == 0
+    assert result["delays"][0] < 0.02, "the first picture is shown at once"
+    assert result["moments"][3] - result["moments"][0] > 2.4 / 12, "and its successors at their own pace"
 
 
 def test_playout_learns_how_much_jittery_arrivals_need(server: Server, open_page: OpenPage) -> None:

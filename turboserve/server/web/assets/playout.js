@@ -121,8 +121,8 @@ export class Playout {
 
   /** @param {number} nowS */
   #advance(nowS) {
-    if (this.lastS === null || !this.running) {
-      this.lastS = nowS;
+    if (this.lastS === null || !this.running || this.endS === 0) {
+      this.lastS = nowS; // before the first frame there is nothing to play: waiting is not playing
       return;
     }
     const elapsedS = Math.max(0, nowS - this.lastS);
@@ -135,7 +135,7 @@ export class Playout {
       stepS += Math.max(-FALL_BACK * elapsedS, Math.min(CATCH_UP * elapsedS, errorS * Math.min(1, elapsedS * 2)));
     }
     this.mediaS += stepS;
-    if (this.endS > 0 && this.mediaS > this.endS) {
+    if (this.mediaS > this.endS) {
       if (this.starvedSinceS === null) this.starvedSinceS = nowS - (this.mediaS - this.endS);
       this.mediaS = this.endS;
     }

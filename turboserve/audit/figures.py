@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ way."""
 SPREADS = ("service_s", "latency_s")
 
 
-def spread(values: np.ndarray) -> dict[str, float | None]:
+def spread(values: np.ndarray) -> dict[str, Any]:
     """mean, p50, p95, p99 (nearest rank) and max in seconds; None for nothing."""
     if not values.size:
         return dict.fromkeys(("mean", "p50", "p95", "p99", "max"))

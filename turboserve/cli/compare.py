@@ -89,6 +89,7 @@ def command(
     summary: dict[str, Any] = {
         "simulated": True,
         "studies": studies.conclude(everything),
+        "by_trace": studies.by_trace(everything),
         "cheaper_baselines": studies.cheaper_baselines(everything),
         "violations": sum(sum(row.get("violations", {}).values()) for row in everything),
         "audited_runs": sum("violations" in row for row in everything),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 860, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 78, 16, 14, 44
 COLOURS = {
     "static-rr": "#b08d57",
     "static-least": "#8a8f98",
@@ -91,7 +91,7 @@ def plot(
         parts.append(f'<text x="{WIDTH - RIGHT - 4}" y="{py(y) - 4:.1f}" text-anchor="end">{escape(name)}</text>')
     parts.append(
         f'<text x="{(LEFT + WIDTH) / 2}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>'
-        f'<text transform="translate(15 {height / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+        f'<text transform="translate(13 {height / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     for line in sorted(lines, key=lambda one: one.policy == "turboserve"):
         parts.append(_draw(line, px, py, py(max(y_low, 0.0))))

@@ -209,6 +209,35 @@ def _labels(rows: list[Row]) -> list[str]:
     return sorted({label(row) for row in rows}, key=lambda name: (order[parse_policy(name)[0]], name))
 
 
+def by_trace(rows: list[Row]) -> list[dict[str, Any]]:
+    """Per trace, profile and delay: our bill, the cheapest baseline at equal service (its knobs chosen in hindsight
+    for this trace), the least static fleet, and the clairvoyant; means over seeds."""
+    found = []
+    free = [row for row in rows if row["fleet"] in ("scale", "least")]
+    for trace, profile, delay_s in sorted({(r["trace"], r["profile"], r["provision_s"]) for r in free}):
+        mine = [r for r in free if (r["trace"], r["profile"], r["provision_s"]) == (trace, profile, delay_s)]
+        hours: dict[str, float] = {}
+        for name in _labels(mine):
+            runs = [r for r in mine if label(r) == name]
+            if all(r["equal_service"] for r in runs):
+                hours[name] = sum(r["worker_hours"] for r in runs) / len(runs)
+        rivals = {name: bill for name, bill in hours.items() if parse_policy(name)[0] != "turboserve"}
+        best = min(rivals, key=lambda name: rivals[name], default=None)
+        found.append(
+            {
+                "trace": trace,
+                "profile": profile,
+                "provision_s": delay_s,
+                "clairvoyant": mine[0]["reference_worker_hours"],
+                "turboserve": hours.get("turboserve"),
+                "best_baseline": best,
+                "best_baseline_worker_hours": rivals.get(best) if best else None,
+                "static_least": hours.get("static-least"),
+            }
+        )
+    return found
+
+
 def cheaper_baselines(rows: list[Row]) -> list[dict[str, Any]]:
     """Where a baseline at equal service costs less than our policy, or ours does not give that service."""
     found = []

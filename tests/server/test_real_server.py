@@ -161,6 +161,46 @@ async def test_a_one_shot_video(server_url: str) -> None:
         assert (await http.get(f"/v1/videos/{made['id']}")).status_code == 404
 
 
+async def test_one_stream_through_every_process_that_may_die(tmp_path: Path) -> None:
+    """A dropped socket, a killed gateway, a server stopped and started again: one chain. Then a killed launcher."""
+    with start_server(tmp_path) as server:
+        reference = Client(server.url, await open_session(server.url))
+        await reference.run(9, prompts={3: SWITCH[4]})
+        client = Client(server.url, await open_session(server.url))
+        await client.run(9, prompts={3: SWITCH[4]}, drop_at=4)
+
+        gateway = next(pid for pid in children_of(server.pid) if b"server.process" in cmdline(pid))
+        os.kill(gateway, signal.SIGKILL)
+        await asyncio.sleep(0.2)
+        wait_ready(server)
+        await client.run(6)
+
+        async with websockets.connect(client.url, max_size=None, compression=None) as socket:
+            await socket.send(json.dumps({"type": "attach", "token": client.token, "next_index": 6, "pace": "free"}))
+            client.token = json.loads(await socket.recv())["token"]
+            began_s = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(websockets.ConnectionClosed):
+                while True:
+                    await asyncio.wait_for(socket.recv(), 20)
+            assert socket.close_code == 1012
+        assert await asyncio.to_thread(server.process.wait, 20) == 0
+        assert time.monotonic() - began_s < 9
+
+    with start_server(tmp_path, port=int(server.url.rpartition(":")[2])) as server:
+        await client.run(9)
+        assert client.digests == reference.digests
+
+        children = children_of(server.pid)
+        assert len(children) == 3
+        os.kill(server.pid, signal.SIGKILL)
+        server.process.wait()
+        deadline_s = time.monotonic() + 5
+        while any(alive(pid) for pid in children) and time.monotonic() < deadline_s:
+            time.sleep(0.05)  # noqa: ASYNC251 - nothing else runs in this loop any more
+        assert not [pid for pid in children if alive(pid)]
+
+
 def children_of(pid: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
@@ -177,56 +217,6 @@ def alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
-
-
-def test_killing_the_launcher_leaves_no_process_behind(tmp_path: Path) -> None:
-    with start_server(tmp_path) as server:
-        children = children_of(server.pid)
-        assert len(children) == 3
-        os.kill(server.pid, signal.SIGKILL)
-        server.process.wait()
-        deadline_s = time.monotonic() + 5
-        while any(alive(pid) for pid in children) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        assert not [pid for pid in children if alive(pid)]
-
-
-async def test_killing_the_gateway_keeps_streams_resumable(tmp_path: Path) -> None:
-    with start_server(tmp_path) as server:
-        reference = Client(server.url, await open_session(server.url))
-        await reference.run(6, prompts={3: SWITCH[4]})
-        client = Client(server.url, await open_session(server.url))
-        await client.run(6, prompts={3: SWITCH[4]}, drop_at=3)
-        gateway = next(pid for pid in children_of(server.pid) if b"server.process" in cmdline(pid))
-        os.kill(gateway, signal.SIGKILL)
-        await asyncio.sleep(0.2)
-        wait_ready(server)
-        await client.run(6)
-        assert client.digests == reference.digests
-
-
-async def test_a_stop_sends_viewers_away_and_a_restart_takes_them_back(tmp_path: Path) -> None:
-    with start_server(tmp_path) as server:
-        client = Client(server.url, await open_session(server.url))
-        await client.run(4)
-        url = client.url
-        async with websockets.connect(url, max_size=None, compression=None) as socket:
-            await socket.send(json.dumps({"type": "attach", "token": client.token, "next_index": 4, "pace": "free"}))
-            client.token = json.loads(await socket.recv())["token"]
-            began_s = time.monotonic()
-            server.process.send_signal(signal.SIGTERM)
-            with pytest.raises(websockets.ConnectionClosed):
-                while True:
-                    await asyncio.wait_for(socket.recv(), 20)
-            assert socket.close_code == 1012
-        code = await asyncio.to_thread(server.process.wait, 20)
-        assert code == 0 and time.monotonic() - began_s < 9
-        port = int(server.url.rpartition(":")[2])
-    with start_server(tmp_path, port=port) as server:
-        await client.run(6)
-        reference = Client(server.url, await open_session(server.url))
-        await reference.run(6)
-        assert client.digests == reference.digests
 
 
 def cmdline(pid: int) -> bytes:

@@ -174,10 +174,7 @@ class ViewerSocket:
                 self.message({"type": "pong"} if message.t is None else {"type": "pong", "t": message.t})
                 return True
             case protocol.Ack():
-                good = self._act(lambda session, now_s: session.ack(self._connection, message.index, now_s))
-                if good:
-                    self._guard.refund()
-                return good
+                return self._act(lambda session, now_s: self._ack(session, message.index, now_s))
             case protocol.Prompt():
                 text = protocol.clean_prompt(message.text)
                 self._check_prompt(self._sid, text)
@@ -192,6 +189,12 @@ class ViewerSocket:
                 return self._act(lambda session, now_s: session.resume(now_s))
             case protocol.Stop():
                 return self._act(lambda session, now_s: session.end("stopped", 1000, now_s))
+
+    def _ack(self, session: SessionStream, index: int, now_s: float) -> None:
+        before = session.delivered
+        session.ack(self._connection, index, now_s)
+        if session.delivered > before:
+            self._guard.refund()
 
     def _act(self, act: Callable[[SessionStream, float], None]) -> bool:
         return self._gateway.act(self._connection, self._sid, act)

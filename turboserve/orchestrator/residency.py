@@ -16,6 +16,7 @@ from turboserve.orchestrator.plan import Action, Migrate, ReleaseWorker, Suspend
 from turboserve.orchestrator.view import HELD, NOWHERE, ClusterView
 
 ROOM_KEPT = 2  # places kept free on each worker for who arrives or comes back
+IDLE_MIN_S = 0.2  # a gap this short may be no gap
 IDLE_HOLD_S = 120.0  # idle for longer: not worth another worker's memory
 
 
@@ -36,6 +37,38 @@ def make_room(view: ClusterView, sv: Survey) -> list[Action]:
         reason = f"{int(sv.held[w])} of {view.profile.resident_max} places taken, idle longest"
         actions.append(Suspend(s.ids[row], view.workers.ids[int(w)], reason))
         promise(sv, view, row, int(w), NOWHERE)
+    return actions
+
+
+def make_way(view: ClusterView, sv: Survey, now_s: float) -> list[Action]:
+    """Where nothing else can carry an overfull batch (no brownout): idle sessions leave workers that are nearly full.
+
+    Such a session will have to move when it comes back, and several that come back together can leave only one by one;
+    from host memory each goes straight to a worker with room. The longest idle goes first.
+    """
+    if view.steps_floor is not None:
+        return []
+    tight = sv.ready[
+        (sv.active_on[sv.ready] >= view.profile.capacity - 1)
+        & (sv.held[sv.ready] > sv.active_on[sv.ready])
+        & ~sv.outbound[sv.ready]
+    ]
+    if tight.size == 0:
+        return []
+    s = view.sessions
+    n = s.count
+    on_tight = np.zeros(view.workers.count, np.bool_)
+    on_tight[tight] = True
+    idle = np.flatnonzero((s.state[:n] == HELD) & ~s.active[:n] & (now_s - s.idle_since_s[:n] >= IDLE_MIN_S))
+    idle = idle[on_tight[s.worker[idle]]]
+    actions: list[Action] = []
+    for r in idle[np.lexsort((idle, s.idle_since_s[idle]))].tolist():
+        worker = int(s.worker[r])
+        if sv.outbound[worker]:
+            continue
+        reason = f"{int(sv.active_on[worker])} active here: it would have to move when it comes back"
+        actions.append(Suspend(s.ids[r], view.workers.ids[worker], reason))
+        promise(sv, view, r, worker, NOWHERE)
     return actions
 
 

@@ -92,6 +92,7 @@ def tick(view: ClusterView, memory: Memory, now_s: float, config: TickConfig = D
         _level_returning(view, sv, now_s, config, actions)
         _balance(view, sv, memory, now_s, config, actions)
     actions += residency.make_room(view, sv)
+    actions += residency.make_way(view, sv, now_s)
     if sv.draining.size:
         actions += residency.release_empty(view, sv)
     wake_at_s = memory.demand.next_s

@@ -23,7 +23,7 @@ from numba import njit
 
 SIGMA_SCALE = 1.05  # spread of real demand around the forecast over sqrt(mean): median of the shared windows
 HOLD_SHARE = 0.5  # of the provisioning delay
-HOLD_MIN_S = 3.0
+HOLD_MIN_S, HOLD_MAX_S = 3.0, 20.0
 INV_SQRT_TWO_PI = 1.0 / math.sqrt(2.0 * math.pi)
 
 
@@ -78,7 +78,7 @@ def may_shrink(memory: ScaleMemory, now_s: float, hold_s: float) -> bool:
 
 def hold_s(provision_s: float) -> float:
     """How long a lower target must last before the fleet shrinks."""
-    return max(HOLD_MIN_S, HOLD_SHARE * provision_s)
+    return min(HOLD_MAX_S, max(HOLD_MIN_S, HOLD_SHARE * provision_s))
 
 
 @njit(cache=True)

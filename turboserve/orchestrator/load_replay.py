@@ -20,10 +20,12 @@ from turboserve.orchestrator.view import Floats
 # Share of session time without room that the replay may show. Playout slack carries a good part of it; of the rest a
 # session too many costs about two chunks of two denoise steps for each of its own. 2 % of chunks may be reduced.
 EXCESS_SHARE_MAX = 0.01
-REDUCED_SHARE_MAX = 0.015  # of chunks, as it really was lately
+REDUCED_SHARE_MAX = 0.01  # of chunks, as it really was lately
 REFINE_EVERY_S = 60.0
 REFINE_AFTER_S = 300.0
 REFINE_SAMPLES = 900
+SIGMA_SCALE_MAX = 3.0
+OVER_WEIGHT_S = 30.0
 PRICE_STEPS = (0.7, 1.0, 1.4)  # tried around the factor in use
 PRICE_FACTOR_MIN, PRICE_FACTOR_MAX = 0.4, 12.0
 
@@ -78,7 +80,9 @@ def replay(
         without_room += max(0.0, samples[t] - capacity * ready)
         if t >= delay_s:
             gap = samples[t] - expected[t - delay_s]
-            error += gap * gap / max(1.0, expected[t - delay_s])
+            # Too much expected: it shows that demand is wild, but says less the further ahead one looks.
+            weight = 1.0 if gap > 0.0 else min(1.0, OVER_WEIGHT_S / max(1, delay_s))
+            error += weight * gap * gap / max(1.0, expected[t - delay_s])
             errors += 1
     spread = np.sqrt(error / errors) if errors > 0 else 1.0
     return bill, without_room / max(1.0, session_time), spread
@@ -108,7 +112,7 @@ def refine(
             best, best_bill = factor, bill
     if reduced_share is not None and reduced_share > REDUCED_SHARE_MAX:
         best = factors[-1]
-    scale = 0.7 * memory.sigma_scale + 0.3 * min(3.0, max(0.7, float(spread)))
+    scale = 0.7 * memory.sigma_scale + 0.3 * min(SIGMA_SCALE_MAX, max(0.7, float(spread)))
     return replace(memory, price_factor=best, sigma_scale=scale, refined_s=now_s)
 
 

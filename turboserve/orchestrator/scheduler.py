@@ -131,7 +131,7 @@ def _periods(memory: Memory, view: ClusterView) -> Memory:
         )
     chunks = seen.chunks - memory.chunks
     if chunks >= 100:
-        weight = min(0.5, chunks / max(1.0, 600.0 * max(1, chunks)) + 1 / 600)
+        weight = 1 / 300  # of one look; with a look a second, the last five minutes or so
         share = (seen.reduced_chunks - memory.reduced_chunks) / chunks
         memory = replace(
             memory,

@@ -190,7 +190,8 @@ def test_a_credit_given_again_gets_the_same_frames_while_they_are_kept():
     for index in range(KEPT_CHUNKS + 1):
         assert kinds(logic.on_message(GATEWAY, credit(index), 0.2)) == ["Begin"]
         assert logic.on_message(GATEWAY, credit(index), 0.2) == []  # in work: nothing to say yet
-        logic.on_engine(made(index), 1, 0.2)
+        [emit] = logic.on_engine(made(index), 1, 0.2)
+        logic.did_emit(emit)
         logic.on_message(GATEWAY, m.ChunkAccepted(session_id=SID, epoch=1, chunk_index=index), 0.2)
     assert logic.on_message(GATEWAY, credit(1), 0.2) == [Emit(SID, 1, 1)]
     [refusal] = logic.on_message(GATEWAY, credit(0), 0.2)
@@ -348,6 +349,7 @@ class WorkerMachine(RuleBasedStateMachine):
             last = self.emitted.get(key, -1)
             assert action.chunk_index <= last + 1  # contiguous; again is allowed, a gap is not
             self.emitted[key] = max(last, action.chunk_index)
+            self.logic.did_emit(action)
 
     def deliver(self, source, message):
         if source not in self.connected:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from turboserve.runtime.pass_timer import PassTimer
 from turboserve.runtime.ranges import span
 from turboserve.runtime.session_tensors import ChunkWork, HeldSession, QueuedChunk, hold_session
 from turboserve.runtime.worker_events import BrokenSession, FinishedChunk, PassEvent
+
+Emit: TypeAlias = Callable[[PassEvent], None]
 
 
 @dataclass(slots=True)
@@ -81,8 +84,11 @@ class Engine:
         if self._sessions.pop(session_id, None) is not None:
             self.pool.release(session_id)
 
-    def submit(self, session_id: str, request: ChunkRequest, deadline_s: float) -> None:
-        """Queue one chunk; its index must be the next. `deadline_s` is a time of the engine's clock."""
+    def submit(
+        self, session_id: str, request: ChunkRequest, deadline_s: float, received_s: float | None = None
+    ) -> None:
+        """Queue one chunk; its index must be the next. Both times are of the engine's clock; `received_s` is when the
+        credit came to this process, which may be up to a pass ago (None: now)."""
         session = self._session(session_id)
         if session.fault is not None:
             raise SessionPoisoned(f"session {session_id} is broken: {session.fault}")
@@ -90,7 +96,7 @@ class Engine:
             raise Conflict(
                 f"chunk {request.chunk_index} of session {session_id}", expected=str(session.next_unqueued_index)
             )
-        session.queue.append(QueuedChunk(request, deadline_s, self._clock()))
+        session.queue.append(QueuedChunk(request, deadline_s, self._clock() if received_s is None else received_s))
 
     def cancel(self, session_id: str) -> int:
         """Drop every chunk whose frames are not out; the index of the first chunk that may be submitted again.
@@ -133,14 +139,19 @@ class Engine:
     # ------------------------------------------------------------------ passes
 
     def run_pass(self) -> list[PassEvent]:
-        """Form one packed pass, run it, and return what came of it: frames that are out, sessions that broke."""
+        """Run one packed pass and return what came of it: frames that are out, sessions that broke."""
         events: list[PassEvent] = []
+        self.run_pass_into(events.append)
+        return events
+
+    def run_pass_into(self, emit: Emit) -> None:
+        """The same, each result at the moment it is there: a session does not wait for its neighbours' decode."""
         for session in self._sessions.values():
             if session.work is None and session.queue:
-                self._begin_chunk(session, events)
+                self._begin_chunk(session, emit)
         working = [one for one in self._sessions.values() if one.work is not None]
         if not working:
-            return events
+            return
         started_s = self._clock()
         chosen, batch = form_batch(working, started_s, self.cost, self.model.spec.chunk_s)
         for session in chosen:
@@ -154,11 +165,10 @@ class Engine:
         with span("pass"), torch.inference_mode():
             results = self._forward(batch)
             for session, result in zip(chosen, results, strict=True):
-                self._take(session, result, events)
+                self._take(session, result, emit)
         self.stats.busy_s += self._clock() - started_s
-        return events
 
-    def _begin_chunk(self, session: HeldSession, events: list[PassEvent]) -> None:
+    def _begin_chunk(self, session: HeldSession, emit: Emit) -> None:
         """Ask the model for the segments of the session's next credited chunk."""
         queued = session.queue.pop(0)
         try:
@@ -167,7 +177,7 @@ class Engine:
         except Exception as error:  # whatever a model raises for one session must not end the others
             if is_fatal(error):
                 raise
-            self._break(session, queued.request.chunk_index, error, events)
+            self._break(session, queued.request.chunk_index, error, emit)
             return
         session.work = ChunkWork(queued.request, segments, queued.deadline_s, queued.queued_s)
 
@@ -186,25 +196,25 @@ class Engine:
             self.cost.observe(measured)
         return [rows[batch.rows(index)] for index in range(len(batch.segments))]
 
-    def _take(self, session: HeldSession, result: torch.Tensor | Exception, events: list[PassEvent]) -> None:
+    def _take(self, session: HeldSession, result: torch.Tensor | Exception, emit: Emit) -> None:
         """Give a session its rows and move it on by one segment."""
         work = session.work
         assert work is not None
         if isinstance(result, Exception):
-            self._break(session, work.request.chunk_index, result, events)
+            self._break(session, work.request.chunk_index, result, emit)
             return
         segment = work.segment
         try:
             self.model.advance(segment, result)
             if segment.completes_latents:
-                events.append(self._decode(session, work))
+                emit(self._decode(session, work))
             work.position += 1
             if work.position == len(work.segments):
                 self._finish(session, segment, work)
         except Exception as error:
             if is_fatal(error):
                 raise
-            self._break(session, work.request.chunk_index, error, events)
+            self._break(session, work.request.chunk_index, error, emit)
 
     def _decode(self, session: HeldSession, work: ChunkWork) -> FinishedChunk:
         """Latents to frames, once per chunk and per session: the codec sees one session at a time, at one shape."""
@@ -239,15 +249,13 @@ class Engine:
             raise SessionPoisoned(f"the model's segments of chunk {index} did not decode and commit it")
         session.work = None
 
-    def _break(self, session: HeldSession, chunk_index: int, error: Exception, events: list[PassEvent]) -> None:
+    def _break(self, session: HeldSession, chunk_index: int, error: Exception, emit: Emit) -> None:
         session.fault = str(error) or type(error).__name__
         session.work = None
         session.queue.clear()
         self.stats.broken += 1
         code = error.code if isinstance(error, TurboServeError) else SessionPoisoned.code
-        events.append(
-            BrokenSession(session_id=session.session_id, chunk_index=chunk_index, code=code, message=session.fault)
-        )
+        emit(BrokenSession(session_id=session.session_id, chunk_index=chunk_index, code=code, message=session.fault))
 
 
 def is_fatal(error: Exception) -> bool:

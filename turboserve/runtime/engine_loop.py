@@ -51,8 +51,10 @@ class EngineLoop:
             if command is not None:
                 self._obey(command)
                 continue
-            for event in self._engine.run_pass():
-                self._post(event, self._epochs[event.session_id])
+            self._engine.run_pass_into(self._post_event)
+
+    def _post_event(self, event: e.PassEvent) -> None:
+        self._post(event, self._epochs[event.session_id])
 
     def _next(self, *, block: bool) -> e.EngineCommand | Quit | None:
         try:
@@ -75,7 +77,7 @@ class EngineLoop:
         else:
             # A session may break while a credit for it is on its way; the news of that is on its way too.
             with contextlib.suppress(NotFound, SessionPoisoned):
-                self._engine.submit(command.session_id, command.request, command.deadline_s)
+                self._engine.submit(command.session_id, command.request, command.deadline_s, command.received_s)
 
     def _open(self, command: e.Open) -> None:
         try:

@@ -83,11 +83,12 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Make one chunk; `deadline_s` is a time of the worker's monotonic clock."""
+    """Make one chunk. `received_s` and `deadline_s` are times of the worker's monotonic clock."""
 
     session_id: str
     epoch: int
     request: ChunkRequest
+    received_s: float
     deadline_s: float
 
 

@@ -220,7 +220,7 @@ class WorkerIO:
                     self._emits.clear()
                     return
                 self._send(GATEWAY, _announcement(emit, chunk))
-                self._logic.counts.emitted += 1
+                self._logic.did_emit(emit)
             self._emits.popleft()
 
     def _header(self, emit: Emit, chunk: e.FinishedChunk) -> frame_ring.FrameHeader:

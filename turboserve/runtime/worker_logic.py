@@ -85,11 +85,13 @@ Action: TypeAlias = Send | Emit | Beat | Drop | Stop | e.EngineCommand
 
 @dataclass(slots=True)
 class Session:
-    """One session as the protocol sees it. `next_index` is the chunk whose credit comes next."""
+    """One session as the protocol sees it. `next_index` is the chunk whose credit comes next, `sent` the one after the
+    last that left, `accepted` the one after the last that the gateway holds."""
 
     epoch: int
     phase: Phase = Phase.OPENING
     next_index: int = 0
+    sent: int = 0
     accepted: int = 0
     requests: dict[int, ChunkRequest] = field(default_factory=dict)
     made: OrderedDict[int, e.FinishedChunk] = field(default_factory=OrderedDict)
@@ -246,6 +248,13 @@ class WorkerLogic:
             return None
         return session.made.get(emit.chunk_index)
 
+    def did_emit(self, emit: Emit) -> None:
+        """The chunk has left."""
+        self.counts.emitted += 1
+        session = self.sessions.get(emit.session_id)
+        if session is not None and session.epoch == emit.epoch:
+            session.sent = max(session.sent, emit.chunk_index + 1)
+
     def lease_left_s(self, now_s: float) -> float:
         return max(0.0, self._lease_until_s - now_s)
 
@@ -382,7 +391,7 @@ class WorkerLogic:
             session.next_index += 1
             session.requests[credit.chunk_index] = request
             session.requests.pop(credit.chunk_index - 2 * KEPT_CHUNKS, None)
-            self._out.append(e.Begin(credit.session_id, credit.epoch, request, now_s + credit.deadline_s))
+            self._out.append(e.Begin(credit.session_id, credit.epoch, request, now_s, now_s + credit.deadline_s))
 
     def _credit_again(self, credit: m.Credit, session: Session, now_s: float) -> None:
         """A credit for a chunk that was begun before: the same frames, or a reason why not."""
@@ -408,9 +417,8 @@ class WorkerLogic:
     def _on_accepted(self, accepted: m.ChunkAccepted, now_s: float) -> None:
         session = self.sessions.get(accepted.session_id)
         if session is not None and accepted.epoch == session.epoch:
-            # Never beyond what was made: a wrong count must not lift the bound on chunks in flight.
-            made = max(session.made, default=-1) + 1
-            session.accepted = max(session.accepted, min(accepted.chunk_index + 1, made))
+            # Never beyond what was sent: else chunks could be dropped from `made` before they left.
+            session.accepted = max(session.accepted, min(accepted.chunk_index + 1, session.sent))
 
     def _emit(self, session_id: str, session: Session, chunk_index: int, now_s: float) -> None:
         if GATEWAY in self._connected and now_s < self._lease_until_s:

@@ -25,10 +25,11 @@ class FixedPool:
     def __init__(self, codec: PatchCodec) -> None:
         frames, self.prompts, self.starts = make_frames(6, seed=1)
         self.latents = codec.encode(frames)
+        self.valid = torch.ones(self.prompts.shape[:2], dtype=torch.bool)
 
     def draw(self, count: int, generator: torch.Generator):
         picks = torch.randint(len(self.latents), (count,), generator=generator)
-        return self.latents[picks], self.prompts[picks], self.starts[picks]
+        return self.latents[picks], self.prompts[picks], self.starts[picks], self.valid[picks]
 
 
 def trainer(tmp_path) -> Trainer:
@@ -49,7 +50,7 @@ def test_it_learns_and_resumes_to_the_same_numbers(tmp_path):
     def fixed_loss() -> float:
         one.generator.manual_seed(99)
         with torch.no_grad():
-            return one.loss(pool.latents, pool.prompts, pool.starts, self_forcing=False).item()
+            return one.loss(pool.latents, pool.prompts, pool.starts, pool.valid, self_forcing=False).item()
 
     before = fixed_loss()
     for _ in range(6):

@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from turboserve.errors import CheckpointError
 from turboserve.model.shapes.checkpoint import load_weights, random_weights, save_weights
+from turboserve.model.shapes.model import ShapesModel
+from turboserve.model.shapes.score_run import Plan, score
 from turboserve.model.shapes.spec import WEIGHTS_PATH
 
 
@@ -41,3 +43,16 @@ def test_a_file_that_does_not_fit_says_so(tmp_path):
     save_file(tensors, path, metadata={"format": "turboserve-shapes-1"})
     with pytest.raises(CheckpointError, match=r"words\.weight"):
         load_weights(path)
+
+
+@pytest.mark.timeout(600)
+def test_streams_show_what_their_prompts_ask_for():
+    """10 prompts of 8 s, 10 prompt switches, one stream of 60 s: seeded, with room above the promised 95%."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = score(ShapesModel.load(), Plan.quick(), seed=1)
+    finally:
+        torch.set_num_threads(threads)
+    for part in (result["steady"], result["switch"]["second_chunk"], result["long"]["first"], result["long"]["last"]):
+        assert all(part[name] is None or part[name] >= 0.95 for name in ("colour", "count", "direction")), result

@@ -64,6 +64,34 @@ def test_two_that_were_alike_are_told_apart_by_place():
     assert centre[0, 0] < centre[1, 0]
 
 
+def test_two_that_came_too_close_go_apart_and_then_keep_their_distance():
+    many = random_script(64, 6, torch.Generator().manual_seed(4))
+    many.count[:], many.motion[:], many.speed[:] = 1, MOTION_INDEX["left"], 1
+    many.shape[:], many.colour[:], many.size[:] = 0, 0, 0
+    many.start[:, 1] = (many.start[:, 0] + 2) % v.START_CELLS  # 16 pixels along both axes
+    gap = ((play(many).centre[:, :, 1] - play(many).centre[:, :, 0]) % 96)[:, :, 0]
+    assert torch.allclose(gap[:, 0], torch.full((64,), 16.0))
+    assert torch.allclose(gap[:, -1] - gap[:, 0], torch.full((64,), 23 * 2 * v.APART_SPEED), atol=1e-4)
+    many.start[:, 1] = (many.start[:, 0] + 6) % v.START_CELLS
+    gap = (play(many).centre[:, :, 1] - play(many).centre[:, :, 0]) % 96
+    assert torch.allclose(gap, torch.full_like(gap, 48.0), atol=1e-3)
+
+
+def test_a_lost_object_comes_back_in_its_place():
+    many = random_script(400, 6, torch.Generator().manual_seed(5), lose=True)
+    gone = many.lost.any((1, 2))
+    assert 0.05 < gone.float().mean() < 0.15
+    assert not many.lost[:, 0].any() and not many.lost[:, -1].any()
+    played = play(many)
+    for scene in torch.nonzero(many.lost[:, :, 0].any(1) & (many.count == 0).all(1))[:, 0].tolist():
+        back = int(torch.nonzero(many.lost[scene, :, 0])[-1]) + 1
+        reach = 4 * 3.5 + 1  # it has moved for at most four frames
+        assert (played.centre[scene, back * 4, 0] - 48).abs().max() <= reach
+    shown = render(many, played)
+    scene = int(torch.nonzero((many.lost[:, 1, 0]) & (many.count[:, 1] == 0))[0])
+    assert shown[scene, 4].std(-1).max() < 1e-4  # rows of one colour: nothing is drawn
+
+
 def test_starts_lie_apart_along_both_axes():
     cells = start_cells(500, torch.Generator().manual_seed(1))
     apart = (cells[:, 1] - cells[:, 0]) % v.START_CELLS

@@ -25,6 +25,7 @@ class Shard:
     latents: Tensor  # float16 [clips, CLIP_CHUNKS, 36, TOKEN_DIM]
     prompts: Tensor  # int64 [clips, CLIP_CHUNKS, SLOT_COUNT]
     starts: Tensor  # float16 [clips, 36, START_DIM]
+    valid: Tensor  # bool [clips, CLIP_CHUNKS]: False where an object asked for is missing, which nothing should learn
 
 
 def make_frames(clips: int, seed: int, chunks: int = CLIP_CHUNKS) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,10 +36,14 @@ def make_frames(clips: int, seed: int, chunks: int = CLIP_CHUNKS) -> tuple[Tenso
 
 
 def make_shard(codec: PatchCodec, seed: int, index: int, clips: int = SHARD_CLIPS) -> Shard:
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for part in range(0, clips, 32):
-        frames, tokens, starts = make_frames(32, seed * 1_000_003 + index * 1_009 + part)
-        parts.append((codec.encode(frames).half(), tokens, starts.half()))
+        seed_of_part = seed * 1_000_003 + index * 1_009 + part
+        script = random_script(32, CLIP_CHUNKS, torch.Generator().manual_seed(seed_of_part), lose=True)
+        assert script.lost is not None
+        latents = codec.encode(render(script, play(script)) * 2 - 1).half()
+        starts = start_maps(script.start, script.count[:, 0] == 1).half()
+        parts.append((latents, script.tokens(), starts, ~script.lost.any(-1)))
     return Shard(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -48,7 +53,7 @@ def _produce(queue: multiprocessing.Queue, codec: tuple[Tensor, Tensor, Tensor],
     index = first
     while True:
         shard = make_shard(PatchCodec(*codec), seed, index)
-        queue.put((index, *(one.numpy() for one in (shard.latents, shard.prompts, shard.starts))))
+        queue.put((index, *(one.numpy() for one in (shard.latents, shard.prompts, shard.starts, shard.valid))))
         index += 1
 
 
@@ -78,13 +83,14 @@ class ClipPool:
     def clips(self) -> int:
         return len(self._shards) * SHARD_CLIPS
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(latents float32, prompts, start maps float32) of `count` random clips."""
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(latents float32, prompts, start maps float32, valid) of `count` random clips."""
         picks = torch.randint(self.clips, (count,), generator=generator).tolist()
         chosen = [(self._shards[pick // SHARD_CLIPS], pick % SHARD_CLIPS) for pick in picks]
         latents = torch.stack([shard.latents[row] for shard, row in chosen]).float()
         prompts = torch.stack([shard.prompts[row] for shard, row in chosen])
-        return latents, prompts, torch.stack([shard.starts[row] for shard, row in chosen]).float()
+        starts = torch.stack([shard.starts[row] for shard, row in chosen]).float()
+        return latents, prompts, starts, torch.stack([shard.valid[row] for shard, row in chosen])
 
     def close(self) -> None:
         self._process.terminate()

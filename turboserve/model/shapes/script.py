@@ -18,7 +18,7 @@ def start_cells(scenes: int, generator: torch.Generator) -> torch.Tensor:
     return torch.stack([first, (first + apart) % v.START_CELLS], 1)
 
 
-def random_script(scenes: int, chunks: int, generator: torch.Generator) -> Script:
+def random_script(scenes: int, chunks: int, generator: torch.Generator, lose: bool = False) -> Script:
     """Scripts of `chunks` chunks. At each boundary 35% get a new motion, fewer another look, some a new
     scene.
     """
@@ -66,5 +66,21 @@ def random_script(scenes: int, chunks: int, generator: torch.Generator) -> Scrip
             change = chance(share[name], scenes) | everything
             merged[name] = torch.where(change[:, None] if value.ndim == 2 else change, new[name], value)
         steps.append(merged)
+    start = start_cells(scenes, generator)
+    near = chance(0.15, scenes)  # two that have come too close: they go apart again
+    start[:, 1] = torch.where(near[:, None], draw(v.START_CELLS, scenes, 2), start[:, 1])
     columns = {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}
-    return Script(start=start_cells(scenes, generator), **columns)
+    return Script(start=start, lost=_lost(columns["count"], generator) if lose else None, **columns)
+
+
+def _lost(count: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """[B, C, 2]: in 10% of the scripts one object or both are missing from chunk 1 on, until one chunk brings them
+    back. Without such context an empty picture would stay empty for ever."""
+    scenes, chunks = count.shape
+    back = torch.randint(3, chunks, (scenes, 1), generator=generator)
+    chunk = torch.arange(chunks)
+    span = (chunk >= 1) & (chunk < back) & (torch.rand(scenes, 1, generator=generator) < 0.1)
+    kind = torch.randint(3, (scenes, 1), generator=generator)  # the first, the second, both
+    first, second = span & (kind != 1), span & (kind != 0)
+    two = (count == 1).all(1, keepdim=True)
+    return torch.stack([torch.where(two, first, span), second & two], -1)

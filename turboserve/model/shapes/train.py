@@ -118,7 +118,7 @@ class Trainer:
         out = functional_call(self.network, weights, (tokens, timestep, prompts, self._visible, rotations))
         return out[:, _CLEAN:].float()
 
-    def loss(self, latents: Tensor, prompt: Tensor, start: Tensor, self_forcing: bool) -> Tensor:
+    def loss(self, latents: Tensor, prompt: Tensor, start: Tensor, valid: Tensor, self_forcing: bool) -> Tensor:
         batch = len(latents)
         sigma = self._levels[torch.randint(4, (batch, CLIP_CHUNKS), generator=self.generator)]
         s = sigma[:, :, None, None]
@@ -134,6 +134,7 @@ class Trainer:
                 guess = self._predict(clean, clean_prompt, noisy, prompt, sigma, starts)[:, :_CLEAN]
             # What the noisier steps guess is blurrier than what serving ever keeps.
             usable = (s[:, :_CLEAN] < 0.9) & (self._rand(batch, _CLEAN, 1, 1) < 0.8)
+            usable &= valid[:, :_CLEAN, None, None]
             clean = torch.where(usable, guess, clean)
         # Somebody else's first chunk: then only chunks that have two predecessors of their own can be predicted.
         foreign = self._rand(batch) < 0.33
@@ -144,7 +145,7 @@ class Trainer:
         clean = torch.cat([swapped(clean[:, 0])[:, None], clean[:, 1:]], 1)
         clean_prompt = torch.cat([swapped(clean_prompt[:, 0])[:, None], clean_prompt[:, 1:]], 1)
         starts = torch.stack([swapped(start), start], 1)
-        weight = (1 / (s * s + 0.1)).clamp(max=3.0)
+        weight = (1 / (s * s + 0.1)).clamp(max=3.0) * valid[:, :, None, None]
         weight[:, 1:3] *= (~foreign).float()[:, None, None, None]
         out = self._predict(clean, clean_prompt, noisy, prompt, sigma, starts)
         error = (out - latents).pow(2).mean((-1, -2), keepdim=True)
@@ -156,9 +157,9 @@ class Trainer:
         rate *= max(0.01, 0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        latents, prompt, start = pool.draw(config.batch, self.generator)
+        latents, prompt, start, valid = pool.draw(config.batch, self.generator)
         forcing = share > config.self_forcing_from and self.step % 2 == 0
-        loss = self.loss(latents, prompt, start, forcing)
+        loss = self.loss(latents, prompt, start, valid, forcing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)

@@ -22,6 +22,8 @@ CELL_PX = SIZE_PX // START_CELLS
 
 # Least distance of two start cells along each axis: large pulsing objects then never touch.
 APART_CELLS_MIN = 5
+# How fast two that move alike go back to that distance, pixels a frame for each.
+APART_SPEED = 0.25
 
 NONE = "none"
 COUNTS = ("one", "two")

@@ -39,6 +39,8 @@ class Script:
     motion: torch.Tensor  # [B, C, 2]
     speed: torch.Tensor  # [B, C, 2]
     start: torch.Tensor  # [B, 2, 2]
+    # [B, C, 2], True where an object is not drawn although it is asked for: context in which a model lost it.
+    lost: torch.Tensor | None = None
 
     def tokens(self) -> torch.Tensor:
         """Token ids [B, C, SLOT_COUNT] (vocabulary.SLOTS)."""
@@ -82,11 +84,16 @@ def play(script: Script) -> Motion:
             centre = torch.stack([centre[:, 0], torch.where(grown[:, None], opposite, centre[:, 1])], 1)
             changed = motion != script.motion[:, chunk - 1]
             changed[:, 1] |= grown
+            if script.lost is not None:
+                centre, found = _found(script, chunk, centre)
+                changed |= found
         else:
             changed = torch.ones_like(motion, dtype=torch.bool)
         bounce = torch.where(changed, torch.ones_like(bounce), bounce)
         phase = torch.where(changed, torch.zeros_like(phase), phase)
         angle = torch.where(changed, torch.zeros_like(angle), angle)
+        same = (motion[:, 0] == motion[:, 1]) & (speed[:, 0] == speed[:, 1])
+        shared = same & (script.count[:, chunk] == 1)
         for frame in range(v.CHUNK_FRAMES):
             if chunk or frame:
                 step = _SPEED[speed]
@@ -97,13 +104,38 @@ def play(script: Script) -> Motion:
                 velocity = _DRIFT[motion] * step[..., None]
                 diagonal = torch.stack([step, step * bounce], -1)
                 velocity = torch.where(bouncing[..., None], diagonal, velocity)
-                centre = (centre + velocity) % size
+                centre = (centre + velocity + _apart(centre, shared, bouncing)) % size
                 phase = phase + torch.where(motion == _GROW, _PULSE[speed], torch.zeros(()))
                 angle = angle + torch.where(motion == _SPIN_MOTION, _SPIN[speed], torch.zeros(()))
             centres.append(centre)
             radii.append(base * (1 + v.PULSE_DEPTH * torch.sin(phase)))
             angles.append(angle)
     return Motion(torch.stack(centres, 1), torch.stack(radii, 1), torch.stack(angles, 1))
+
+
+def _apart(centre: torch.Tensor, shared: torch.Tensor, bouncing: torch.Tensor) -> torch.Tensor:
+    """Velocity [B, 2, 2] that brings two who move alike back to the distance at which streams begin.
+
+    A model's pictures wander by fractions of a pixel; without this the two would meet after some minutes. Whoever keeps
+    his distance feels nothing. Those who bounce differ in height by nature and keep apart sideways only.
+    """
+    low = v.APART_CELLS_MIN * v.CELL_PX
+    gap = (centre[:, 1] - centre[:, 0]) % v.SIZE_PX  # [B, 2 axes]
+    push = (gap < low).float() - (gap > v.SIZE_PX - low).float()
+    push = push * shared[:, None] * torch.stack([torch.ones_like(shared), ~bouncing[:, 0]], 1)
+    return torch.stack([-push, push], 1) * v.APART_SPEED
+
+
+def _found(script: Script, chunk: int, centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centres after lost objects came back, and which did: half a world from the other one, or in the middle."""
+    assert script.lost is not None
+    before = script.lost[:, chunk - 1]
+    found = before & ~script.lost[:, chunk]
+    half = v.SIZE_PX / 2
+    alone = before.all(1) | (script.count[:, chunk] == 0)
+    middle = torch.tensor([[half, half], [0.0, 0.0]])
+    place = torch.where(alone[:, None, None], middle, (centre.flip(1) + half) % v.SIZE_PX)
+    return torch.where(found[..., None], place, centre), found
 
 
 def _ambiguous(script: Script, chunk: int) -> torch.Tensor:
@@ -151,6 +183,8 @@ def render(script: Script, motion: Motion) -> torch.Tensor:
     picture = _BACKGROUND[script.background[:, of_frame]].reshape(-1, 3)[:, :, None, None] * ramp[:, None]
     picture = picture.expand(-1, -1, -1, size).contiguous()
     shown = torch.stack([torch.ones_like(script.count), script.count], -1)[:, of_frame].reshape(-1, 2) == 1
+    if script.lost is not None:
+        shown &= ~script.lost[:, of_frame].reshape(-1, 2)
     shapes = script.shape[:, of_frame].reshape(-1, 2)
     colours = _COLOUR[script.colour[:, of_frame]].reshape(-1, 2, 3)
     centre, radius, angle = (

@@ -34,10 +34,11 @@ def command(full: bool, weights: Path | None, seed: int, out: Path | None, as_js
     from turboserve.model.shapes.spec import WEIGHTS_PATH
 
     torch.set_num_threads(1)
+    setting = {"machine": cpu_name(), "commit": commit(), "torch": torch.__version__}
     model = ShapesModel(load_weights(weights or WEIGHTS_PATH))
     with _display() as report:
         result = score(model, Plan.full() if full else Plan.quick(), seed, report)
-    result = {"machine": cpu_name(), "commit": commit(), "torch": torch.__version__, **result}
+    result = {**setting, **result}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")

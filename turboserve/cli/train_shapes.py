@@ -52,6 +52,7 @@ def command(
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    source = commit()  # of the code that trains, not of what the checkout becomes meanwhile
     trainer = Trainer(TrainConfig(out=out, minutes=minutes, steps=steps, seed=seed, batch=batch))
     if resume and trainer.resume():
         console().print(f"going on from step {trainer.step}")
@@ -64,7 +65,7 @@ def command(
     sharpener = train_sharpener(
         trainer.codec, alternating(encoded, predicted), seed, sharpen_steps, report=_sharpen_line(sharpen_steps)
     )
-    training = {**trainer.summary(), "sharpen_steps": sharpen_steps, "commit": commit()}
+    training = {**trainer.summary(), "sharpen_steps": sharpen_steps, "commit": source}
     paths = [out / "shapes.safetensors", *([WEIGHTS_PATH] if install else [])]
     for path in paths:
         save_weights(path, trainer.ema_network(), trainer.codec, sharpener, training)

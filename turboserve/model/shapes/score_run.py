@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -156,6 +157,8 @@ def score(
         "seed": seed,
         "model_hash": model.spec.model_hash,
         "chunks": total,
+        "chunk_s": chunk_s,
+        "chunk_cpu_ms": {str(n): chunk_cpu_ms(model, n) for n in (1, 2, 4, 8)},
         "cpu_s": round(time.process_time() - start, 1),
         "steady": shares([v for stream in steady for v in stream.verdicts[2:]]),
         "first_chunks": shares([v for stream in steady for v in stream.verdicts[:2]]),
@@ -169,6 +172,20 @@ def score(
         },
         "worst": worst(steady),
     }
+
+
+def chunk_cpu_ms(model: StreamingModel, sessions: int, chunks: int = 12) -> float:
+    """CPU time of one chunk of `sessions` coalesced sessions, all passes and the decoding: the best of several, since
+    other work on the machine can only add to it."""
+    prompt = random_prompt(random.Random(1))
+    marks = [time.thread_time()]
+    generate(
+        model,
+        [Stream(seed, chunks, [(0, prompt)]) for seed in range(sessions)],
+        lambda stream, chunk, frames: marks.append(time.thread_time()),
+    )
+    every = marks[sessions::sessions]
+    return round(1e3 * min(after - before for before, after in itertools.pairwise(every)), 1)
 
 
 def worst(streams: Sequence[Stream], count: int = 10) -> list[dict[str, object]]:

@@ -26,9 +26,7 @@ THEN = "two yellow stars drifting left over a dark blue sky"
 
 @contextlib.contextmanager
 def visitor(browser: Browser, url: str, **settings: Any) -> Iterator[Page]:
-    context = browser.new_context(
-        **{"viewport": {"width": 1280, "height": 800}, "device_scale_factor": 1.5, **settings}
-    )
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "device_scale_factor": 2, **settings})
     page = context.new_page()
     page.goto(url)
     try:
@@ -60,24 +58,6 @@ def one_stream(page: Page, name: str, *, full_page: bool = False) -> None:
     page.screenshot(path=PICTURES / name, full_page=full_page)
 
 
-def four_streams(page: Page, name: str) -> None:
-    page.fill("#prompt", FIRST)
-    page.click("#open-four")
-    page.wait_for_function("() => document.querySelectorAll('.tile[data-status=playing]').length === 4", timeout=90_000)
-    page.wait_for_timeout(8000)
-    page.screenshot(path=PICTURES / name)
-
-
-def operations(browser: Browser, url: str, name: str) -> None:
-    with visitor(browser, url) as page:
-        page.wait_for_timeout(6000)
-        other = page.context.new_page()
-        other.goto(f"{url}ops")
-        other.wait_for_selector(".worker")
-        other.wait_for_timeout(1500)
-        other.screenshot(path=PICTURES / name)
-
-
 @click.command()
 @click.option("--url", help="A running server without keys.  [default: starts one]")
 def main(url: str | None) -> None:
@@ -93,12 +73,9 @@ def main(url: str | None) -> None:
             first_visit(page, "page-dark.png")
         with visitor(browser, quiet) as page:
             one_stream(page, "steering.png")
-        with visitor(browser, quiet, color_scheme="dark") as page:
-            four_streams(page, "four.png")
         phone = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
         with visitor(browser, quiet, **phone) as page:
             one_stream(page, "phone.png")
-        operations(browser, address, "operations.png")
     for picture in sorted(PICTURES.glob("*.png")):
         click.echo(f"{picture.relative_to(PICTURES.parent.parent)}  {picture.stat().st_size // 1024} KB")
 

@@ -420,6 +420,6 @@ function isRandomScene(prompt, ignored, answer) {
   if (typeof answer.random_scene === "boolean") return answer.random_scene;
   if (!ignored.length) return false;
   const unknown = new Set(ignored.map((word) => word.toLowerCase()));
-  const words = prompt.toLowerCase().match(/[\p{L}\p{N}'-]+/gu) ?? [];
+  const words = prompt.toLowerCase().match(/[\p{L}\p{N}']+/gu) ?? [];
   return words.every((word) => unknown.has(word) || SMALL_WORDS.has(word));
 }

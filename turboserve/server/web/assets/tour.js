@@ -14,7 +14,7 @@ export class Tour {
   /** @param {(prompt: string, seed: number) => import("./tile.js").Tile} addTile */
   constructor(addTile) {
     this.steps = TOUR.map(() => 0);
-    this.tiles = TOUR.map((prompts, place) => addTile(prompts[0], 1000 + 7 * place));
+    this.tiles = TOUR.map(({ prompts, seed }) => addTile(prompts[0], seed));
     this.turn = 0;
     this.startedMs = performance.now();
     this.timer = window.setTimeout(() => this.#next(), FIRST_TURN_MS);
@@ -37,7 +37,7 @@ export class Tour {
     const tile = this.tiles[place];
     if (tile.stream.status !== Status.PLAYING) return;
     this.steps[place] += 1;
-    const prompts = TOUR[place];
+    const { prompts } = TOUR[place];
     tile.stream.steer(prompts[this.steps[place] % prompts.length]);
   }
 }

@@ -9,10 +9,10 @@ export const REAL_VIDEO_COMMAND = "turboserve serve PATH";
  */
 export function writePrompt(place, prompt) {
   const ignored = new Set(prompt.ignored.map((word) => word.toLowerCase()));
-  const parts = prompt.text.split(/([\p{L}\p{N}][\p{L}\p{N}'’-]*)/u);
+  const parts = prompt.text.split(/([\p{L}\p{N}]+(?:['’][\p{L}\p{N}]+)?)/u);
   place.replaceChildren(
     ...parts.map((part) => {
-      if (!ignored.has(part.toLowerCase())) return document.createTextNode(part);
+      if (!ignored.has(part.toLowerCase().replace("’", "'"))) return document.createTextNode(part);
       const struck = document.createElement("s");
       struck.textContent = part;
       struck.title = "not known to this model";

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from turboserve.errors import CorruptState
+from turboserve.errors import ConfigError, CorruptState
+from turboserve.server.gateway import lock_folder
 from turboserve.server.input_log import MAGIC, InputLog, frame, parse_log, read_log, rewrite_log
 from turboserve.server.log_records import Bound, Ended, Frontier, Opened, Rotated, encode_record, replay
 
@@ -127,3 +129,31 @@ def test_a_failed_sync_is_final(tmp_path: Path) -> None:
     log.close()
     log_again = len(failed)
     assert not durable and log_again == 1
+
+
+def test_a_grown_log_is_rewritten_and_tells_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    rewrite_log(path, [])
+    done = threading.Event()
+    log = InputLog(path, on_durable=lambda seq: seq >= 400 and done.set(), on_failed=print, compact_bytes=4096)
+    records: list = [opened(SIDS[0]), opened(SIDS[1])]
+    for index in range(199):
+        records.append(Bound(sid=SIDS[0], index=index, steps=4, version=1, prompt="p" if index == 0 else None))
+        records.append(Frontier(sid=SIDS[0], delivered=index, digest=f"{index:064x}"))
+    for number, record in enumerate(records):
+        log.append(record)
+        if number % 20 == 0:
+            time.sleep(0.002)
+    assert done.wait(20)
+    log.close()
+    found, torn = read_log(path)
+    assert torn == 0 and len(found) < len(records) / 2
+    assert replay(found) == replay(records)
+
+
+def test_a_data_directory_has_one_gateway(tmp_path: Path) -> None:
+    held = lock_folder(tmp_path)
+    with pytest.raises(ConfigError):
+        lock_folder(tmp_path)
+    held.close()
+    lock_folder(tmp_path).close()

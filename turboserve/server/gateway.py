@@ -7,15 +7,16 @@ large digests are checked in a thread before their chunk reaches the logic.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
-from turboserve.errors import Overloaded, TurboServeError
+from turboserve.errors import ConfigError, Overloaded, TurboServeError
 from turboserve.metrics import Metrics
 from turboserve.runtime import messages
 from turboserve.server.attach_tokens import new_token
@@ -75,6 +76,7 @@ class Gateway:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
         self._input_log: InputLog | None = None
+        self._lock: IO[bytes] | None = None
         self._appended: deque[tuple[int, float]] = deque()
 
     # ------------------------------------------------------------------ start and stop
@@ -86,6 +88,7 @@ class Gateway:
         """
         folder = Path(self.config.data_dir)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = lock_folder(folder)
         path = folder / "gateway.log"
         records, torn = read_log(path)
         if torn:
@@ -126,6 +129,8 @@ class Gateway:
         if self._input_log is not None:
             self._input_log.close()
             self._input_log = None
+        if self._lock is not None:
+            self._lock.close()
         self.encoders.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ peers
@@ -284,3 +289,16 @@ class Gateway:
     def _tick(self) -> None:
         self._timer = None
         self.apply(self.logic.tick(self.now()))
+
+
+def lock_folder(folder: Path) -> IO[bytes]:
+    """Keep the data directory to this process: two writers of one log would ruin it. Held until closed, or death."""
+    lock = open(folder / "gateway.lock", "wb")  # noqa: SIM115 - the lock lives as long as the file is open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ConfigError(
+            f"data directory {folder} is in use by another server", expected="one of its own", hint="use --data-dir"
+        ) from None
+    return lock

@@ -6,10 +6,14 @@
 `append` returns a sequence number at once; the thread writes what has gathered, calls fdatasync once for all of it
 and reports the highest number that is now durable. A failed write or sync is final: the thread reports it and takes
 nothing more, because after a failed fsync the kernel may have dropped the pages and a retry would lie.
+
+The thread follows the records it writes, so it knows the sessions that have not ended; when the file has grown past
+`compact_bytes` it writes a fresh one that tells just these, and swaps it in.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import threading
@@ -18,10 +22,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from turboserve.errors import CorruptState
-from turboserve.server.log_records import AnyRecord, Record, decode_record, encode_record
+from turboserve.server.log_records import AnyRecord, Record, decode_record, encode_record, follow, replay
 
 MAGIC = b"turboserve-log-1\n"
 RECORD_BYTES_MAX = 1 << 20
+COMPACT_BYTES = 64 << 20
 _HEADER = struct.Struct("<II")
 
 
@@ -93,12 +98,17 @@ class InputLog:
         on_durable: Callable[[int], None],
         on_failed: Callable[[OSError], None],
         sync: Callable[[int], None] = os.fdatasync,
+        compact_bytes: int = COMPACT_BYTES,
     ) -> None:
+        self._path = path
+        self._compact_bytes = compact_bytes
+        self._live = replay(read_log(path)[0])
         self._on_durable = on_durable
         self._on_failed = on_failed
         self._sync = sync
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._waiting: list[bytes] = []
+        self._bytes = path.stat().st_size
+        self._waiting: list[tuple[Record, bytes]] = []
         self._seq = 0
         self._failed = False
         self._closing = False
@@ -111,7 +121,7 @@ class InputLog:
         data = frame(encode_record(record))
         with self._wake:
             self._seq += 1
-            self._waiting.append(data)
+            self._waiting.append((record, data))
             self._wake.notify()
             return self._seq
 
@@ -125,16 +135,31 @@ class InputLog:
                 batch, self._waiting = self._waiting, []
                 seq = self._seq
             try:
-                data = b"".join(batch)
-                written = 0
-                while written < len(data):
-                    written += self._file.write(data[written:]) or 0
-                self._sync(self._file.fileno())
+                self._commit(b"".join(data for _, data in batch))
+                for record, _ in batch:
+                    follow(self._live, record)
+                if self._bytes > self._compact_bytes:
+                    self._compact()
             except OSError as error:
                 self._failed = True
                 self._on_failed(error)
                 return
             self._on_durable(seq)
+
+    def _commit(self, data: bytes) -> None:
+        written = 0
+        while written < len(data):
+            written += self._file.write(data[written:]) or 0
+        self._sync(self._file.fileno())
+        self._bytes += len(data)
+
+    def _compact(self) -> None:
+        rewrite_log(self._path, itertools.chain.from_iterable(one.as_records() for one in self._live.values()))
+        self._file.close()
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - as above
+        self._bytes = self._path.stat().st_size
+        # Where live sessions alone fill the bound, the next round waits until as much again has come.
+        self._compact_bytes = max(self._compact_bytes, 2 * self._bytes)
 
     def close(self) -> None:
         """Commit what is queued and stop the thread."""

@@ -128,23 +128,28 @@ def replay(records: Iterable[AnyRecord]) -> dict[str, LoggedSession]:
     """Sessions that had not ended, by id. Records of unknown or ended sessions are ignored."""
     live: dict[str, LoggedSession] = {}
     for record in records:
-        if isinstance(record, Opened):
-            live[record.sid] = LoggedSession(opened=record, token_hash=record.token_hash)
-            continue
-        session = live.get(record.sid)
-        if session is None:
-            continue
-        match record:
-            case Rotated():
-                session.token_hash, session.token_hash_prev = record.token_hash, record.token_hash_prev
-            case Bound():
-                session.bound = max(session.bound, record.index + 1)
-                if record.prompt is not None:
-                    session.inputs.append((record.index, record.version, record.prompt))
-                if not session.steps or session.steps[-1][1] != record.steps:
-                    session.steps.append((record.index, record.steps))
-            case Frontier():
-                session.delivered, session.digest = record.delivered, record.digest
-            case Ended():
-                del live[record.sid]
+        follow(live, record)
     return live
+
+
+def follow(live: dict[str, LoggedSession], record: Record) -> None:
+    """One record further."""
+    if isinstance(record, Opened):
+        live[record.sid] = LoggedSession(opened=record, token_hash=record.token_hash)
+        return
+    session = live.get(record.sid)
+    if session is None:
+        return
+    match record:
+        case Rotated():
+            session.token_hash, session.token_hash_prev = record.token_hash, record.token_hash_prev
+        case Bound():
+            session.bound = max(session.bound, record.index + 1)
+            if record.prompt is not None:
+                session.inputs.append((record.index, record.version, record.prompt))
+            if not session.steps or session.steps[-1][1] != record.steps:
+                session.steps.append((record.index, record.steps))
+        case Frontier():
+            session.delivered, session.digest = record.delivered, record.digest
+        case Ended():
+            del live[record.sid]

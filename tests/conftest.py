@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,3 +20,11 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
 def server_url(real_server: RunningServer) -> str:
     """Base URL of `real_server`."""
     return real_server.url
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _denormals_as_python_has_them() -> Iterator[None]:
+    """The engine flushes denormals in its thread; a module that ran it here must not leave that to the next one."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)

@@ -32,7 +32,7 @@ class Lcp(FleetPolicy):
     tuning = tuple({"target": t} for t in (0.5, 0.6, 0.7, 0.8, 0.9))
 
     def __init__(
-        self, *, scaling: bool = True, target: float = 0.8, beta_scale: float = 1.0, provision_s: float = 30.0
+        self, *, scaling: bool = True, target: float = 0.6, beta_scale: float = 1.0, provision_s: float = 30.0
     ) -> None:
         super().__init__(scaling=scaling)
         self.target = target

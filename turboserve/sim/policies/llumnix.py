@@ -29,7 +29,7 @@ class Llumnix(FleetPolicy):
         {"up": up, "down": down} for up, down in ((0.5, 0.3), (0.6, 0.4), (0.7, 0.5), (0.8, 0.6), (0.9, 0.7))
     )
 
-    def __init__(self, *, scaling: bool = True, up: float = 0.8, down: float = 0.6, step_share: float = 0.1) -> None:
+    def __init__(self, *, scaling: bool = True, up: float = 0.6, down: float = 0.4, step_share: float = 0.1) -> None:
         super().__init__(scaling=scaling)
         self.up, self.down, self.step_share = up, down, step_share
         self._next_check_s = 0.0

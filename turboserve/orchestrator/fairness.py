@@ -9,7 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from turboserve.orchestrator.view import GONE, HELD, NOWHERE, ClusterView, Flags, Floats, Ints
+from turboserve.orchestrator.placement import Survey, promise
+from turboserve.orchestrator.plan import Action, Suspend
+from turboserve.orchestrator.view import GONE, HELD, NOWHERE, ClusterView, Floats, Ints
+
+RESERVE_PART = 5  # one in so many places is kept free of tenants over their share: who is within never waits
+
+
+def reserve(room: int) -> int:
+    """Places of `room` kept free of tenants over their share."""
+    return max(1, room // RESERVE_PART)
 
 
 def shares(asked: Floats, weights: Floats, room: float) -> Floats:
@@ -49,31 +58,47 @@ def order(view: ClusterView, waiting: Ints, room: int) -> tuple[list[int], Float
     """
     s = view.sessions
     active, placed = tenant_counts(view)
+    waiting = waiting[np.lexsort((waiting, s.active_since_s[waiting]))]
     share = shares(active.astype(np.float64), np.array(view.tenant_weights), float(room))
-    left = {t: [int(r) for r in waiting if s.tenant[r] == t] for t in range(len(share))}
+    left = {t: waiting[s.tenant[waiting] == t].tolist()[::-1] for t in range(len(share))}
     counted = [float(x) for x in placed]
     wanted = [max(float(x), 1e-9) for x in share]
     ordered: list[int] = []
     while any(left.values()):
         first = min((counted[t] / wanted[t], t) for t in left if left[t])[1]
-        ordered.append(left[first].pop(0))
+        ordered.append(left[first].pop())
         counted[first] += 1.0
     return ordered, share, placed
 
 
-def gives_way(view: ClusterView, placed: Ints, share: Floats, sending: Flags) -> int | None:
-    """The session to suspend for one that is within its share: the youngest active one of the tenant furthest over.
+def enforce(view: ClusterView, sv: Survey, room: int) -> list[Action]:
+    """While more is placed than `room`, tenants over their share give sessions up, one a worker at a time.
 
-    `sending` marks workers whose outbound transfer is taken. None when no tenant is over its share.
+    `room` leaves some places out, so that a tenant within its share never waits for somebody to go first. Of the tenant
+    furthest over, the youngest session on the fullest worker goes, one between two chunks before others.
     """
+    active, placed = tenant_counts(view)
+    total = int(placed.sum())
+    if total <= room:
+        return []
+    share = np.ceil(shares(active.astype(np.float64), np.array(view.tenant_weights), float(room)) - 1e-9)
     s = view.sessions
     n = s.count
-    over = placed - np.floor(share + 1e-9)
-    tenant = int(np.argmax(over))
-    if over[tenant] <= 0:
-        return None
-    rows = np.flatnonzero((s.state[:n] == HELD) & s.active[:n] & (s.tenant[:n] == tenant))
-    rows = rows[~sending[s.worker[rows]]]
-    if rows.size == 0:
-        return None
-    return int(rows[np.lexsort((rows, -s.active_since_s[rows], s.in_chunk[rows]))[0]])
+    actions: list[Action] = []
+    while total > room:
+        over = placed - share
+        tenant = int(np.argmax(over))
+        if over[tenant] <= 0:
+            break
+        rows = np.flatnonzero((s.state[:n] == HELD) & s.active[:n] & (s.tenant[:n] == tenant))
+        rows = rows[~sv.outbound[s.worker[rows]]]
+        if rows.size == 0:
+            break
+        order = np.lexsort((rows, -s.active_since_s[rows], s.in_chunk[rows], -sv.active_on[s.worker[rows]]))
+        row = int(rows[order[0]])
+        worker = int(s.worker[row])
+        actions.append(Suspend(s.ids[row], view.workers.ids[worker], "over its tenant's share"))
+        promise(sv, view, row, worker, NOWHERE)
+        placed[tenant] -= 1
+        total -= 1
+    return actions

@@ -8,6 +8,7 @@ clock, no I/O, nothing kept but `memory`: a recorded view replays to the same pl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,7 +28,6 @@ from turboserve.orchestrator.plan import (
     Queue,
     ReleaseWorker,
     Resume,
-    Suspend,
     UndrainWorker,
 )
 from turboserve.orchestrator.unequal import search
@@ -82,6 +82,9 @@ def tick(view: ClusterView, memory: Memory, now_s: float, config: TickConfig = D
     if config.scale and not fixed and (sampled or view.provision_s <= 0):
         memory = _size_fleet(view, sv, memory, now_s, config, actions)
     active_max = _active_max(view, config)
+    if len(view.tenant_weights) > 1:
+        room = int(sv.ready.size) * active_max
+        actions += fairness.enforce(view, sv, room - fairness.reserve(room))
     if sv.waiting:
         memory = _place(view, sv, memory, active_max, actions)
     elif memory.queued:
@@ -233,18 +236,23 @@ def _place(view: ClusterView, sv: Survey, memory: Memory, active_max: int, actio
     waiting = np.flatnonzero(s.active[:n] & ((s.state[:n] == NEW) | (s.state[:n] == HOST)))
     rows: list[int] = waiting[np.lexsort((waiting, s.active_since_s[waiting]))].tolist()
     room = int(sv.ready.size) * active_max
+    shared = room  # what those may fill that are over their tenant's share
     tenants = len(view.tenant_weights) > 1
     if tenants:
-        rows, share, placed = fairness.order(view, np.array(rows, np.int64), room)
+        shared = room - fairness.reserve(room)
+        rows, share, placed = fairness.order(view, np.array(rows, np.int64), shared)
         placed = placed.copy()
     queued = set(memory.queued)
     total = int(sv.active_on.sum())
+    full = False  # nothing more can be placed; what is left is only said to wait
     for row in rows:
+        if full and s.ids[row] in queued:
+            continue
         session, tenant = s.ids[row], int(s.tenant[row])
-        within = not tenants or placed[tenant] + 1 <= share[tenant] + 1e-9
+        within = not tenants or placed[tenant] + 1 <= math.ceil(share[tenant] - 1e-9)
         by_transfer = bool(s.state[row] == HOST)
         target = NOWHERE
-        if within or total < room:
+        if not full and ((within and total < room) or total < shared):
             target = lightest(
                 sv.ready,
                 sv.load_on,
@@ -268,17 +276,16 @@ def _place(view: ClusterView, sv: Survey, memory: Memory, active_max: int, actio
                 placed[tenant] += 1
             queued.discard(session)
             continue
-        if tenants and within:
-            other = fairness.gives_way(view, placed, share, sv.outbound)
-            if other is not None:
-                source = int(s.worker[other])
-                actions.append(Suspend(s.ids[other], w.ids[source], "over its tenant's share"))
-                placed[int(s.tenant[other])] -= 1
-                promise(sv, view, other, source, NOWHERE)
+        full |= not _has_room(sv, active_max, view.profile.resident_max)
         if session not in queued:
             queued.add(session)
             actions.append(Queue(session, _why_waiting(sv, active_max)))
     return memory if queued == memory.queued else replace(memory, queued=frozenset(queued))
+
+
+def _has_room(sv: Survey, active_max: int, held_max: int) -> bool:
+    """Whether any worker could take another active session, a transfer's slot aside."""
+    return bool(((sv.active_on[sv.ready] < active_max) & (sv.held[sv.ready] < held_max)).any())
 
 
 def _why_waiting(sv: Survey, active_max: int) -> str:

@@ -150,6 +150,19 @@ def test_an_emit_that_waited_past_the_lease_is_withheld():
     assert logic.may_emit(emit, 2.3) is None
 
 
+def test_what_stands_behind_a_withheld_emit_does_not_overtake_it():
+    logic = opened()
+    emits = []
+    for index in range(2):
+        logic.on_message(GATEWAY, credit(index), 0.2)
+        emits += logic.on_engine(made(index), 1, 0.3)
+    assert logic.may_emit(emits[0], 2.5) is None  # the lease ran out while the ring was full
+    logic.on_timer(2.5)
+    again = logic.on_message(CONTROLLER, lease(), 2.6)
+    assert logic.may_emit(emits[1], 2.6) is None
+    assert again == [e.Hold(False), *emits]
+
+
 def test_the_gateways_word_renews_the_lease_of_a_worker_that_once_had_one():
     logic = opened()
     logic.on_disconnect(CONTROLLER, 1.0)

@@ -243,7 +243,8 @@ class WorkerLogic:
         if session is None or session.epoch != emit.epoch:
             self.counts.fenced += 1
             return None
-        if now_s >= self._lease_until_s:
+        if now_s >= self._lease_until_s or emit.chunk_index > session.sent:
+            # Without a lease; or behind one that was withheld: both are emitted again, in order, when it is renewed.
             self.counts.withheld += 1
             return None
         return session.made.get(emit.chunk_index)

@@ -23,6 +23,7 @@ from numba import njit
 
 SIGMA_SCALE = 1.05  # spread of real demand around the forecast over sqrt(mean): median of the shared windows
 HOLD_SHARE = 0.5  # of the provisioning delay
+PROFILED_DELAY_S = 30.0
 HOLD_MIN_S, HOLD_MAX_S = 3.0, 20.0
 INV_SQRT_TWO_PI = 1.0 / math.sqrt(2.0 * math.pi)
 
@@ -36,12 +37,13 @@ class Level:
     rho: float
 
 
-# Profiled by bench/orchestrator/profile_levels.py. Volatile demand is small demand: a whole worker is a large step.
+# Profiled by bench/orchestrator/profile_levels.py over five of the shared windows (mooncake_chat_q25, gentd_stack3,
+# azure_conv_p15, gentd_surge, hyb_r1_trough) at a delay of 30 s and capacity 4.
 LEVELS = (
-    Level(0.00, 6.0, 1.0),
-    Level(0.10, 6.0, 1.0),
-    Level(0.20, 6.0, 1.0),
-    Level(0.35, 6.0, 1.0),
+    Level(0.00, 4.0, 0.9),
+    Level(0.10, 4.0, 0.9),
+    Level(0.20, 8.0, 0.8),
+    Level(0.35, 40.0, 0.8),
 )
 
 
@@ -63,6 +65,11 @@ def level_of(volatility: float, levels: tuple[Level, ...] = LEVELS) -> Level:
         if volatility >= level.above:
             found = level
     return found
+
+
+def rho_for(level: Level, provision_s: float) -> float:
+    """The level's rho holds from the delay it was profiled at; with no delay there is nothing to keep room for."""
+    return 1.0 - (1.0 - level.rho) * min(1.0, max(0.0, provision_s) / PROFILED_DELAY_S)
 
 
 def remember(memory: ScaleMemory, target: int, now_s: float, hold_s: float) -> ScaleMemory:

@@ -102,11 +102,12 @@ def refine(
     skip = min(120, len(samples) // 4)
     delay, hold = round(delay_s), round(autoscaling.hold_s(delay_s))
     level = autoscaling.level_of(memory.sigma_scale / max(1.0, float(samples[-WINDOW_S:].mean())) ** 0.5)
+    rho = autoscaling.rho_for(level, delay_s)
     factors = [min(PRICE_FACTOR_MAX, max(PRICE_FACTOR_MIN, memory.price_factor * step)) for step in PRICE_STEPS]
     best, best_bill, spread = factors[-1], np.inf, memory.sigma_scale
     for factor in factors:
         bill, excess, spread = replay(
-            samples, delay, capacity, level.price * factor, level.rho, hold, memory.sigma_scale, skip
+            samples, delay, capacity, level.price * factor, rho, hold, memory.sigma_scale, skip
         )
         if excess <= EXCESS_SHARE_MAX and bill < best_bill:
             best, best_bill = factor, bill

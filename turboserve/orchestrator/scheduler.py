@@ -161,7 +161,7 @@ def _size_fleet(
     volatility = sigma / max(1.0, expected.mean)
     level = level_of(volatility if config.volatility else 0.0)
     price = level.price * (scale.price_factor if config.volatility else 1.0)
-    target = target_workers(expected.mean, sigma, float(profile.capacity), price, level.rho)
+    target = target_workers(expected.mean, sigma, float(profile.capacity), price, autoscaling.rho_for(level, delay_s))
     unit = profile.provision_unit_workers
     target = min(view.workers_max, max(view.workers_min, -(-target // unit) * unit))
     hold_s = autoscaling.hold_s(delay_s)

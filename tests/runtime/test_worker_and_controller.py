@@ -8,7 +8,8 @@ from test_worker_logic import HELLO, SPEC
 from turboserve.runtime import controller_books as books
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
-from turboserve.runtime.worker_logic import CONTROLLER, Action, Beat, Send, Stop, WorkerLogic
+from turboserve.runtime.worker_books import CONTROLLER, Action, Beat, Send, Stop
+from turboserve.runtime.worker_logic import WorkerLogic
 
 
 class Pair:

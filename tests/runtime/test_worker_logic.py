@@ -15,7 +15,7 @@ from turboserve.geometry import SlotGeometry
 from turboserve.model.interface import ModelSpec
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
-from turboserve.runtime.worker_logic import (
+from turboserve.runtime.worker_books import (
     CONTROLLER,
     GATEWAY,
     KEPT_CHUNKS,
@@ -25,8 +25,8 @@ from turboserve.runtime.worker_logic import (
     Phase,
     Send,
     Stop,
-    WorkerLogic,
 )
+from turboserve.runtime.worker_logic import WorkerLogic
 
 LEASE_S = 2.0
 SPEC = ModelSpec(

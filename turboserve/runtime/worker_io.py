@@ -21,8 +21,9 @@ from turboserve.errors import AuthFailed, Conflict, Overloaded, ProtocolError
 from turboserve.runtime import channel, frame_ring
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
+from turboserve.runtime.worker_books import CONTROLLER, GATEWAY, Action, Beat, Drop, Emit, Send, Stop
 from turboserve.runtime.worker_config import WorkerConfig
-from turboserve.runtime.worker_logic import CONTROLLER, GATEWAY, Action, Beat, Drop, Emit, Send, Stop, WorkerLogic
+from turboserve.runtime.worker_logic import WorkerLogic
 
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0

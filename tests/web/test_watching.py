@@ -112,6 +112,11 @@ def test_words_the_model_does_not_know_are_struck_through(server: Server, open_p
     note = watcher.page.inner_text(".tile .note")
     assert "this small model knows shapes and colours; real video: turboserve serve PATH" in note
     assert "random scene" not in note
+    # So are those of a later prompt, once the picture follows it.
+    watcher.steer("a blissful blue circle drifting left")
+    watcher.page.wait_for_selector(".moment:not([hidden])", timeout=1000 * PATIENCE_S)
+    assert watcher.page.locator(".tile .caption s").all_inner_texts() == ["blissful"]
+    assert "turboserve serve PATH" in watcher.page.inner_text(".tile .note")
 
 
 def test_a_prompt_without_any_known_word_says_that_the_scene_is_random(server: Server, open_page: OpenPage) -> None:

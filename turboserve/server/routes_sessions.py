@@ -12,6 +12,7 @@ from starlette.websockets import WebSocket
 
 from turboserve.card import Card, CardInput, StepsRun
 from turboserve.errors import Conflict, NotFound
+from turboserve.model.interface import PromptReport
 from turboserve.runtime import messages
 from turboserve.server.attach_tokens import new_token
 from turboserve.server.auth import Identity
@@ -96,14 +97,21 @@ async def create_session(request: Request) -> JSONResponse:
     done: messages.OpDone = await gateway.create(wish)
     session = gateway.find(wish.sid, None)
     answer = {**facts(request, session), "token": wish.token, "state": session.public()}
-    if report.ignored_words:
-        answer["ignored_words"] = list(report.ignored_words)
-    if report.random_scene:
-        answer["random_scene"] = True
+    answer |= remarks(report)
     if done.queue_position >= 0:
         answer["queue_position"] = done.queue_position
     location = f"{gateway.config.root_path}/v1/sessions/{wish.sid}"
     return JSONResponse(answer, 201, headers={"Location": location})
+
+
+def remarks(report: PromptReport) -> dict[str, object]:
+    """What the model made of a prompt, for whoever sent it; empty when it understood all of it."""
+    found: dict[str, object] = {}
+    if report.ignored_words:
+        found["ignored_words"] = list(report.ignored_words)
+    if report.random_scene:
+        found["random_scene"] = True
+    return found
 
 
 def facts(request: Request, session: SessionStream) -> dict[str, Any]:
@@ -237,9 +245,9 @@ async def stream(socket: WebSocket, session_id: str) -> None:
     gateway: Gateway = socket.app.state.gateway
     catalogue: Catalogue = socket.app.state.catalogue
 
-    def check_prompt(sid: str, text: str) -> None:
+    def check_prompt(sid: str, text: str) -> dict[str, object]:
         session = gateway.logic.sessions.get(sid)
-        catalogue.check_prompt(text, session.seed if session is not None else 0)
+        return remarks(catalogue.check_prompt(text, session.seed if session is not None else 0))
 
     address = socket.client.host if socket.client is not None else ""
     if not socket.app.state.addresses.enter(address):

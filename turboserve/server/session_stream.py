@@ -118,8 +118,16 @@ class SessionStream(SessionCredits):
         if self.max_chunks is not None and delivered >= self.max_chunks:
             self.end("completed", 1000, now_s)
 
-    def prompt(self, connection: int, text: str, event_id: str | None, from_index: int | None, now_s: float) -> None:
-        """A new prompt, checked before; it is answered with the chunk it will reach."""
+    def prompt(
+        self,
+        connection: int,
+        text: str,
+        event_id: str | None,
+        from_index: int | None,
+        now_s: float,
+        remarks: dict[str, object] | None = None,
+    ) -> None:
+        """A new prompt, checked before; it is answered with the chunk it will reach, and what the check remarked."""
         if self.ended_s is not None:
             raise Conflict("the session has ended")
         accepted, superseded = self.prompts.accept(text, event_id, from_index, self.bound)
@@ -132,6 +140,7 @@ class SessionStream(SessionCredits):
             "event_id": event_id,
             "prompt_version": accepted.version,
             "from_index": accepted.from_index,
+            **(remarks or {}),
         }
         self.outbox.put(ToViewer(connection, answer))
 

@@ -42,7 +42,9 @@ class Close:
 class ViewerSocket:
     """One WebSocket from accept to close."""
 
-    def __init__(self, gateway: Gateway, socket: WebSocket, sid: str, check_prompt: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, gateway: Gateway, socket: WebSocket, sid: str, check_prompt: Callable[[str, str], dict[str, object]]
+    ) -> None:
         self._gateway = gateway
         self._socket = socket
         self._sid = sid
@@ -177,10 +179,10 @@ class ViewerSocket:
                 return self._act(lambda session, now_s: self._ack(session, message.index, now_s))
             case protocol.Prompt():
                 text = protocol.clean_prompt(message.text)
-                self._check_prompt(self._sid, text)
+                remarks = self._check_prompt(self._sid, text)
                 return self._act(
                     lambda session, now_s: session.prompt(
-                        self._connection, text, message.event_id, message.from_index, now_s
+                        self._connection, text, message.event_id, message.from_index, now_s, remarks
                     )
                 )
             case protocol.Pause():

@@ -142,8 +142,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(run())
-    return uvloop.run(run())
+        runner: Any = asyncio.run
+    else:
+        runner = uvloop.run
+    try:
+        return int(runner(run()))
+    except ConfigError as error:
+        log.critical("the gateway cannot start", error=str(error))
+        return 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: help setup serve test lint types format bench score screenshots clean gpu sanitize
+.PHONY: help setup serve test lint format bench score screenshots clean sanitize
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,12 +41,16 @@ format: .venv/.dev  ## let ruff rewrite
 
 bench: setup  ## the benches that run on this machine; rows go to bench/results/
 	@$(BIN)/turboserve bench frame-ring --out bench/results/ $(ARGS)
+	@$(BIN)/turboserve bench coalescing --out bench/results/ $(ARGS)
 
 sanitize:  ## csrc/ under the address, undefined-behaviour and thread sanitizers
 	@csrc/sanitize.sh $(ARGS)
 
-score: setup  ## score the embedded model's videos against their prompts (about 30 minutes on one core)
-	@$(BIN)/turboserve score-shapes --full $(ARGS)
+score: setup  ## score the embedded model's videos against their prompts (about 12 minutes of one core)
+	@$(BIN)/turboserve score-shapes --full --out bench/results/shapes-score.$$(nproc)-core-$$(uname -m).json $(ARGS)
+
+screenshots: .venv/.dev  ## take the README's pictures anew
+	@$(BIN)/python docs/make_screenshots.py
 
 clean:  ## remove what the build made
 	rm -rf .venv build *.egg-info turboserve/*.so .pytest_cache .mypy_cache .ruff_cache

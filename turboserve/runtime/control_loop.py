@@ -105,7 +105,7 @@ class ControlLoop:
             self._directory.close()
 
     def _end_sessions_of_an_earlier_run(self) -> None:
-        """State that only lived in dead workers is gone; the sessions are closed visibly instead of forgotten."""
+        """Records of an earlier controller are logged and dropped: this one cannot take their sessions over yet."""
         for record in self._directory.sessions():
             self._log.warning("session of an earlier run ended", session=record.session_id, state=record.state.value)
             self._directory.forget(record.session_id)

@@ -6,7 +6,7 @@ an unknown `type` is refused. Nothing here is pickled. Times that cross a socket
 except `*_monotonic_s` fields, which only processes of one node may compare.
 
     gateway  <-> controller   admission, placement, what sessions do, cluster snapshots
-    worker   <-> controller   hello, lease, open/close, reports
+    worker   <-> controller   hello, lease, open/close, suspend, prepare, hand over, reports
     worker   <-> gateway      credits one way, finished chunks the other (payload in the frame ring)
 
 Who may send what is the last part of each class name's section below; a peer of the wrong role is refused by the
@@ -21,7 +21,7 @@ import msgspec
 
 from turboserve.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 20
 
 SessionId = Annotated[str, msgspec.Meta(pattern="^[a-z0-9]{26}$")]
@@ -78,8 +78,13 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
 
 class SessionOpened(Message, frozen=True, kw_only=True):
+    """The worker holds the session under `epoch` and takes credits from `next_index` on. Said again at each connect."""
+
     session_id: SessionId
     epoch: Count
+    next_index: Count = 0
+    restored: bool = False
+    """It went on from a recovery point; false: it begins anew and its chunks are made again from the input log."""
 
 
 class SessionRefused(Message, frozen=True, kw_only=True):
@@ -89,6 +94,54 @@ class SessionRefused(Message, frozen=True, kw_only=True):
     epoch: Count
     code: ShortText
     message: str
+
+
+class SessionSuspended(Message, frozen=True, kw_only=True):
+    """The session's newest state lies in a committed recovery point; the worker's slot is free."""
+
+    session_id: SessionId
+    epoch: Count
+    next_index: Count
+    tier: ShortText = "host"
+    point_bytes: Count = 0
+
+
+class SessionKept(Message, frozen=True, kw_only=True):
+    """Suspend or HandOver could not be done (no room for the copy, say): the worker goes on with the session."""
+
+    session_id: SessionId
+    epoch: Count
+    move_id: Count = 0
+    code: ShortText
+    message: str
+
+
+class SessionPrepared(Message, frozen=True, kw_only=True):
+    """The destination has a slot for the session and has read what immutable pages there were."""
+
+    session_id: SessionId
+    move_id: Count
+
+
+class PrepareRefused(Message, frozen=True, kw_only=True):
+    session_id: SessionId
+    move_id: Count
+    code: ShortText
+    message: str
+
+
+class HandedOver(Message, frozen=True, kw_only=True):
+    """The source stopped at a chunk boundary and committed its last recovery point (with what is not yet accepted).
+
+    It makes no chunk of the session until OpenSession(adopt) or CloseSession tells; while unsure it says this again
+    every `heartbeat_s`.
+    """
+
+    session_id: SessionId
+    epoch: Count
+    move_id: Count
+    next_index: Count
+    point_bytes: Count = 0
 
 
 class SessionReleased(Message, frozen=True, kw_only=True):
@@ -137,6 +190,53 @@ class OpenSession(Message, frozen=True, kw_only=True):
     prompt_version: Count = 1
     prompt_switch: ShortText = "swap"
     next_index: Count = 0
+    restore: bool = False
+    """Go on from the newest recovery point, if there is one for this model, layout and numerics_id; else begin anew."""
+    adopt: bool = False
+    """The worker holds the session under an older epoch (a move was given up): go on with that state under this one."""
+    move_id: Count = 0
+    """The slot prepared under this id is meant."""
+
+
+class SuspendSession(Message, frozen=True, kw_only=True):
+    """At the next chunk boundary: commit a recovery point, free the slot. Answered SessionSuspended or SessionKept."""
+
+    session_id: SessionId
+    epoch: Count
+    tier: ShortText = "host"
+    """"host" or "disk"."""
+
+
+class PrepareSession(Message, frozen=True, kw_only=True):
+    """To a move's destination: take a slot, read what pages the store has. SessionPrepared or PrepareRefused."""
+
+    session_id: SessionId
+    move_id: Count
+    seed: int
+    width: Count
+    height: Count
+    prompt: Prompt
+    prompt_version: Count = 1
+
+
+class DropPrepared(Message, frozen=True, kw_only=True):
+    """The move was given up: free the prepared slot. Idempotent."""
+
+    session_id: SessionId
+    move_id: Count
+
+
+class HandOver(Message, frozen=True, kw_only=True):
+    """To a move's source, at the next chunk boundary: stop, commit the last recovery point. HandedOver or SessionKept.
+
+    `target_address` is host:port of the destination's transfer listener when it is on another node, else empty.
+    """
+
+    session_id: SessionId
+    epoch: Count
+    move_id: Count
+    target: ShortText
+    target_address: ShortText = ""
 
 
 class CloseSession(Message, frozen=True, kw_only=True):
@@ -245,6 +345,8 @@ class CreateSession(Message, frozen=True, kw_only=True):
     allow_reduced_steps: bool = True
     next_index: Count = 0
     prompt_version: Count = 1
+    adopt: bool = False
+    """From a gateway that restarted: a session the controller knows is kept as it is, not a conflict."""
 
 
 class EndSession(Message, frozen=True, kw_only=True):
@@ -262,7 +364,7 @@ class SessionActivity(Message, frozen=True, kw_only=True):
 
 
 class AdminCommand(Message, frozen=True, kw_only=True):
-    """An operator's wish. `kind`: drain, add_workers, migrate, suspend, top, explain."""
+    """An operator's wish. `kind`: drain, add_workers, migrate, suspend, resume, kill_worker, profile."""
 
     op_id: Count
     kind: ShortText
@@ -317,6 +419,9 @@ class SessionState(Message, frozen=True, kw_only=True):
     code: ShortText = ""
     queue_position: int = -1
     next_index: int = -1
+    device_bytes: Count = 0
+    host_bytes: Count = 0
+    disk_bytes: Count = 0
 
 
 class SetSteps(Message, frozen=True, kw_only=True):
@@ -330,6 +435,30 @@ class ClusterSnapshot(Message, frozen=True, kw_only=True):
     """What GET /v1/cluster shows, as JSON text; at most four a second."""
 
     body: Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
+
+
+# ---------------------------------------------------------------- controller <-> launcher
+
+
+class FleetWish(Message, frozen=True, kw_only=True):
+    """Start worker `worker_id`, or see to it that it is gone. Idempotent by `request_id`."""
+
+    request_id: ShortText
+    kind: ShortText
+    """"add" or "remove"."""
+    worker_id: ShortText
+    model: ShortText = ""
+
+
+class FleetEvent(Message, frozen=True, kw_only=True):
+    """What became of a worker process: started, exited (with its code), backing_off, failed."""
+
+    worker_id: ShortText
+    kind: ShortText
+    pid: Count = 0
+    exit_code: int = 0
+    request_id: ShortText = ""
+    reason: str = ""
 
 
 # ---------------------------------------------------------------- launcher <-> all
@@ -347,11 +476,20 @@ AnyMessage = (
     | Heartbeat
     | SessionOpened
     | SessionRefused
+    | SessionSuspended
+    | SessionKept
+    | SessionPrepared
+    | PrepareRefused
+    | HandedOver
     | SessionReleased
     | SessionBroken
     | WorkerLeaving
     | Lease
     | OpenSession
+    | SuspendSession
+    | PrepareSession
+    | DropPrepared
+    | HandOver
     | CloseSession
     | DrainWorker
     | StopWorker
@@ -370,6 +508,8 @@ AnyMessage = (
     | SessionState
     | SetSteps
     | ClusterSnapshot
+    | FleetWish
+    | FleetEvent
     | Failure
 )
 

@@ -26,6 +26,7 @@ TurboServeError
 │   ├── LayoutMismatch        another layout, model or numerics than the state was made with
 │   ├── CorruptState          digest or checksum of stored bytes is wrong
 │   └── PoolExhausted         no page, slot or byte left where one was asked for
+│       └── ArenaFull         a worker's part of the host arena has too few free slabs
 ├── WorkerError               a worker process failed
 │   └── SessionPoisoned       one session's pass failed or made NaN; its neighbours are untouched
 ├── ConfigError               a file, flag or environment value that does not fit
@@ -187,6 +188,10 @@ class PoolExhausted(StateError):
     code = "pool_exhausted"
     http_status = 503
     retryable = True
+
+
+class ArenaFull(PoolExhausted):
+    pass
 
 
 class WorkerError(TurboServeError):

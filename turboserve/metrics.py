@@ -89,6 +89,11 @@ class Metrics:
             case _:
                 raise ValueError(f"no metric is called {name}")
 
+    @property
+    def live_chunks(self) -> tuple[int, int]:
+        """(on time, all) chunks of live streams since the start."""
+        return self._on_time, self._live
+
     def set_states(self, counts: Mapping[str, int]) -> None:
         for state, count in counts.items():
             self.sessions.labels(state).set(count)

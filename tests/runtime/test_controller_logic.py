@@ -326,3 +326,8 @@ def test_snapshot_is_what_the_page_needs():
     assert shown["workers"][0] | {"id": "w0", "state": "ready", "resident": 1, "capacity": 2} == shown["workers"][0]
     assert shown["sessions"] == {"active": 1}
     assert all("reason" in one for one in shown["decisions"])
+    (listed,) = shown["session_list"]
+    expected = {"state": "active", "stage": "loading", "worker": "w0", "tier": "device", "epoch": 1, "active": True}
+    assert listed | expected == listed
+    assert {"device", "host", "disk"} == set(listed["bytes"]) and shown["sessions_not_listed"] == 0
+    assert shown["clock"]["unix_s"] > 1e9 > shown["workers"][0]["ready_s"]

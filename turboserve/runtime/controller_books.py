@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-
 from turboserve.orchestrator import plan as plans
 from turboserve.orchestrator import view as views
 from turboserve.orchestrator.latency import LatencyProfile
+from turboserve.runtime import cluster_picture
 from turboserve.runtime import messages as m
 from turboserve.session import SessionRecord, SessionState, public_state
 
@@ -198,41 +197,4 @@ class ControllerBooks:
 
     def snapshot(self) -> dict[str, Any]:
         """What GET /v1/cluster shows."""
-        counts: dict[str, int] = {}
-        for live in self.sessions.values():
-            name = public_state(live.record.state).value
-            counts[name] = counts.get(name, 0) + 1
-        active = self.view.sessions.active & (self.view.sessions.state == views.HELD)
-        workers = []
-        for worker_id, worker in sorted(self.workers.items()):
-            held = self._held_by(worker_id)
-            stats = worker.stats
-            workers.append(
-                {
-                    "id": worker_id,
-                    "pid": worker.hello.pid,
-                    "node": worker.hello.node,
-                    "state": worker.state,
-                    "device": worker.hello.device,
-                    "model": worker.hello.model,
-                    "active": int(np.count_nonzero(active & (self.view.sessions.worker == worker.row))),
-                    "resident": len(held),
-                    "capacity": worker.hello.capacity,
-                    "slots": worker.hello.slot_count,
-                    "chunk_latency_ms": round(stats.chunk_latency_ms, 3) if stats else 0.0,
-                    "batch_size": round(stats.batch_size_mean, 3) if stats else 0.0,
-                    "busy_share": round(stats.busy_share, 3) if stats else 0.0,
-                    "chunks": stats.chunks if stats else 0,
-                    "device_bytes": stats.device_bytes if stats else 0,
-                    "rss_bytes": stats.rss_bytes if stats else 0,
-                    "sessions": [
-                        {
-                            "id": live.record.session_id,
-                            "state": public_state(live.record.state).value,
-                            "active": bool(self.view.sessions.active[live.row]),
-                        }
-                        for live in held
-                    ],
-                }
-            )
-        return {"workers": workers, "sessions": counts, "decisions": list(self.decisions)}
+        return cluster_picture.picture(self)

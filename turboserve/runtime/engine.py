@@ -225,6 +225,7 @@ class Engine:
         after_s = self._clock()
         digest_prev, session.digest = session.digest, next_digest(session.digest, frames)
         work.emitted = True
+        session.decoded_s = after_s
         assert work.started_s is not None
         self.stats.chunks += 1
         self.stats.chunk_latency_s += after_s - work.queued_s
@@ -240,6 +241,7 @@ class Engine:
             denoise_s=before_s - work.started_s,
             decode_s=after_s - before_s,
             batch_size=sum(work.batch_sizes) / len(work.batch_sizes),
+            context_before_s=session.context_s,
         )
 
     def _finish(self, session: HeldSession, last: Segment, work: ChunkWork) -> None:
@@ -247,6 +249,7 @@ class Engine:
         index = work.request.chunk_index
         if not (last.commits and work.emitted and session.state.next_chunk_index == index + 1):
             raise SessionPoisoned(f"the model's segments of chunk {index} did not decode and commit it")
+        session.context_s = self._clock() - session.decoded_s
         session.work = None
 
     def _break(self, session: HeldSession, chunk_index: int, error: Exception, emit: Emit) -> None:

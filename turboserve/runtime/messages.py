@@ -304,6 +304,8 @@ class ChunkReady(Message, frozen=True, kw_only=True):
     wait_ms: float = 0.0
     denoise_ms: float = 0.0
     decode_ms: float = 0.0
+    context_before_ms: float = 0.0
+    """Of the chunk before this one: from its frames to the end of its context pass. 0 when not known."""
     batch_size: float = 1.0
     """Mean number of segments in the passes this chunk took part in."""
     continuity: ShortText = ""

@@ -64,6 +64,9 @@ class HeldSession:
     queue: list[QueuedChunk] = field(default_factory=list)
     work: ChunkWork | None = None
     fault: str | None = None
+    decoded_s: float = 0.0
+    context_s: float = 0.0
+    """Of the last committed chunk, for `explain`: when its frames were out, how long its context pass took after."""
 
     @property
     def session_id(self) -> str:

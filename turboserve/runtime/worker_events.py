@@ -18,7 +18,7 @@ class FinishedChunk:
     """A chunk's frames, uint8 [n, height, width, 3], and how they came about. Durations are seconds.
 
     `wait_s` is from the credit to the first pass, `denoise_s` from there to the last denoise step, waits between
-    passes included.
+    passes included. `context_before_s` is of the chunk before: from its frames to the end of its context pass.
     """
 
     session_id: str
@@ -32,6 +32,7 @@ class FinishedChunk:
     denoise_s: float
     decode_s: float
     batch_size: float
+    context_before_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -277,6 +277,7 @@ def _announcement(emit: Emit, chunk: e.FinishedChunk) -> m.ChunkReady:
         denoise_ms=1e3 * chunk.denoise_s,
         decode_ms=1e3 * chunk.decode_s,
         batch_size=chunk.batch_size,
+        context_before_ms=1e3 * chunk.context_before_s,
     )
 
 

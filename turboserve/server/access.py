@@ -30,6 +30,7 @@ TABLE: dict[tuple[str, str], Access] = {
     ("GET", "/v1/sessions/{session_id}"): Access.USER,
     ("DELETE", "/v1/sessions/{session_id}"): Access.USER,
     ("GET", "/v1/sessions/{session_id}/card"): Access.USER,
+    ("GET", "/v1/sessions/{session_id}/explain"): Access.USER,
     ("POST", "/v1/sessions/{session_id}/pause"): Access.USER,
     ("POST", "/v1/sessions/{session_id}/resume"): Access.USER,
     ("WEBSOCKET", "/v1/sessions/{session_id}/stream"): Access.TOKEN,
@@ -42,6 +43,9 @@ TABLE: dict[tuple[str, str], Access] = {
     ("POST", "/v1/admin/sessions/{session_id}/suspend"): Access.ADMIN,
     ("POST", "/v1/admin/workers"): Access.ADMIN,
     ("POST", "/v1/admin/workers/{worker_id}/drain"): Access.ADMIN,
+    ("POST", "/v1/admin/workers/{worker_id}/kill"): Access.ADMIN,
+    ("POST", "/v1/admin/sessions/{session_id}/resume"): Access.ADMIN,
+    ("GET", "/v1/admin/history"): Access.ADMIN,
 }
 
 

@@ -17,6 +17,7 @@ from turboserve.server import http_errors, routes_admin, routes_open, routes_ses
 from turboserve.server.access import Access, access_of
 from turboserve.server.auth import KeyRing, Role
 from turboserve.server.catalogue import Catalogue
+from turboserve.server.cluster_view import ClusterView
 from turboserve.server.gateway import Gateway
 from turboserve.server.gateway_config import GatewayConfig
 from turboserve.server.guard import Guard
@@ -79,6 +80,7 @@ def build_app(
     state.gateway, state.catalogue, state.keys, state.config = gateway, catalogue, keys, config
     state.addresses = Addresses(config.limits.connections_per_address)
     state.frame_ring_bytes = frame_ring_bytes
+    state.cluster_view = ClusterView(gateway)
     state.videos = VideoJobs(gateway, catalogue)
     http_errors.install(app, gateway.log)
     for module in (routes_open, routes_sessions, routes_videos, routes_admin):

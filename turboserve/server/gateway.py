@@ -33,6 +33,7 @@ from turboserve.server.effects import (
 )
 from turboserve.server.gateway_config import GatewayConfig
 from turboserve.server.gateway_logic import GatewayLogic, NewSession
+from turboserve.server.history import History
 from turboserve.server.input_log import InputLog, read_log, rewrite_log
 from turboserve.server.log_records import Ended, LoggedSession, Opened, Record, Rotated, replay
 from turboserve.server.pacing import StreamClock
@@ -68,6 +69,7 @@ class Gateway:
         self.viewers: dict[int, Viewer] = {}
         self.stopped = asyncio.Event()
         self.failed = ""
+        self.history = History()
         self._loop = asyncio.get_running_loop()
         self._connections = itertools.count(1)
         self._controller: Send | None = None
@@ -132,6 +134,13 @@ class Gateway:
         if self._lock is not None:
             self._lock.close()
         self.encoders.shutdown(wait=False, cancel_futures=True)
+
+    async def keep_history(self) -> None:
+        """Close a second of the history every second, until cancelled."""
+        while True:
+            await asyncio.sleep(1.0)
+            ready = sum(1 for one in self.logic.workers.values() if one.state == "ready")
+            self.history.close_second(time.time(), self.logic.states(), ready)
 
     # ------------------------------------------------------------------ peers
 
@@ -256,6 +265,7 @@ class Gateway:
                         future.set_result(effect.answer)
                 case Measure():
                     self.metrics.measure(effect.name, effect.value)
+                    self.history.measure(effect.name, effect.value)
         self._arm()
 
     def _tell(self, record: Record) -> None:

@@ -262,10 +262,19 @@ class GatewayLogic:
                 if (session := self.sessions.get(message.session_id)) is not None:
                     session.steps = message.steps
             case messages.ClusterSnapshot():
-                self.cluster = json.loads(message.body)
+                self._picture(json.loads(message.body))
             case _:
                 self.outbox.put(Measure("message_refused"))
         return self.outbox.take()
+
+    def _picture(self, cluster: dict[str, Any]) -> None:
+        """A new picture of the cluster; each session keeps the decisions about it, for `explain`."""
+        seen = {_decision_key(one) for one in self.cluster.get("decisions", ())}
+        for one in cluster.get("decisions", ()):
+            session = self.sessions.get(one.get("session", ""))
+            if session is not None and _decision_key(one) not in seen:
+                session.times.decided(one)
+        self.cluster = cluster
 
     def _done(self, message: messages.OpDone, now_s: float) -> None:
         operation = self._operations.get(message.op_id)
@@ -458,6 +467,10 @@ class GatewayLogic:
         for session in self.sessions.values():
             counts[session.public()] += 1
         return counts
+
+
+def _decision_key(decision: dict[str, Any]) -> tuple[Any, ...]:
+    return decision.get("time_s"), decision.get("event"), decision.get("session"), decision.get("worker")
 
 
 __all__ = ["GatewayLogic", "NewSession", "error_message"]

@@ -60,6 +60,7 @@ class GatewayProcess:
             asyncio.create_task(keep_controller(self.gateway, token), name="controller"),
             asyncio.create_task(LoopWatch(self.metrics, self.log).run(), name="loop-watch"),
             asyncio.create_task(self._watch_keys(), name="keys"),
+            asyncio.create_task(self.gateway.keep_history(), name="history"),
         ]
         try:
             yield

@@ -8,25 +8,30 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from turboserve import metrics as metrics_module
-from turboserve.errors import NotFound
+from turboserve.errors import Forbidden, InvalidRequest, NotFound
 from turboserve.server.bodies import AddWorkersBody, MigrateBody, json_schema, read_body
 from turboserve.server.gateway import Gateway
+from turboserve.server.gateway_config import LOOPBACK
+from turboserve.server.history import SECONDS_KEPT
 from turboserve.server.routes_sessions import check_id
 
 router = APIRouter()
 
 
 @router.get("/v1/cluster")
-async def cluster(request: Request) -> dict[str, Any]:
-    """Workers, sessions by state, and the last 100 decisions with their reasons."""
+async def cluster(request: Request) -> Response:
+    """Workers, sessions, totals, and the last 100 decisions with their reasons; `clock` dates their times."""
+    return Response(request.app.state.cluster_view.text(), media_type="application/json")
+
+
+@router.get("/v1/admin/history")
+async def history(request: Request) -> dict[str, Any]:
+    """The last minutes second by second, as columns; `?seconds=N` for fewer."""
     gateway: Gateway = request.app.state.gateway
-    picture = gateway.logic.cluster
-    # Counts are the gateway's: it alone knows which sessions a viewer is attached to.
-    return {
-        "workers": picture.get("workers", []),
-        "sessions": gateway.logic.states(),
-        "decisions": picture.get("decisions", []),
-    }
+    asked = request.query_params.get("seconds", str(SECONDS_KEPT))
+    if not asked.isascii() or not asked.isdigit() or not 1 <= int(asked[:6]) <= SECONDS_KEPT:
+        raise InvalidRequest("seconds is no number this server keeps", expected=f"1 to {SECONDS_KEPT}")
+    return {"interval_s": 1.0, **gateway.history.columns(int(asked))}
 
 
 @router.get("/metrics")
@@ -67,14 +72,43 @@ async def suspend(session_id: str, request: Request) -> dict[str, Any]:
     return {"id": session.sid, "state": done.state, "message": done.message}
 
 
+@router.post("/v1/admin/sessions/{session_id}/resume")
+async def resume(session_id: str, request: Request) -> dict[str, Any]:
+    """Bring a suspended session back to a worker now, not at its next credit."""
+    gateway: Gateway = request.app.state.gateway
+    session = gateway.find(check_id(session_id), None)
+    done = await gateway.command("resume", session_id=session.sid)
+    return {"id": session.sid, "state": done.state, "message": done.message}
+
+
 @router.post("/v1/admin/workers/{worker_id}/drain")
 async def drain(worker_id: str, request: Request) -> dict[str, Any]:
-    """Place nothing new on the worker; it ends when its last session has ended."""
+    """Place nothing new on the worker; it ends when its last session is gone from it."""
     gateway: Gateway = request.app.state.gateway
-    if len(worker_id) > 64:
-        raise NotFound("no such worker")
-    done = await gateway.command("drain", worker_id=worker_id)
+    done = await gateway.command("drain", worker_id=check_worker(worker_id))
     return {"id": worker_id, "state": done.state, "message": done.message}
+
+
+@router.post("/v1/admin/workers/{worker_id}/kill")
+async def kill(worker_id: str, request: Request) -> dict[str, Any]:
+    """Kill the worker's process as a crash would, to see what becomes of its sessions. Only on a loopback server
+    without keys: there whoever asks could kill it from a shell as well."""
+    gateway: Gateway = request.app.state.gateway
+    client = request.client.host if request.client is not None else ""
+    if not gateway.config.open or client not in LOOPBACK:
+        raise Forbidden(
+            "workers are killed only on a loopback server without keys",
+            expected="a server started without --api-key and --api-key-file, asked from its own machine",
+            hint="use drain: it loses nothing either, and waits",
+        )
+    done = await gateway.command("kill_worker", worker_id=check_worker(worker_id))
+    return {"id": worker_id, "state": done.state, "message": done.message}
+
+
+def check_worker(worker_id: str) -> str:
+    if not 1 <= len(worker_id) <= 64:
+        raise NotFound("no such worker")
+    return worker_id
 
 
 @router.post("/v1/admin/workers", openapi_extra=json_schema(AddWorkersBody))

@@ -11,11 +11,11 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket
 
 from turboserve.card import Card, CardInput, StepsRun
-from turboserve.errors import Conflict, NotFound
+from turboserve.errors import Conflict, InvalidRequest, NotFound
 from turboserve.model.interface import PromptReport
 from turboserve.runtime import messages
 from turboserve.server.attach_tokens import new_token
-from turboserve.server.auth import Identity
+from turboserve.server.auth import Identity, Role
 from turboserve.server.bodies import CreateSessionBody, json_schema, read_body
 from turboserve.server.catalogue import Catalogue, Choice
 from turboserve.server.gateway import Gateway
@@ -209,6 +209,26 @@ async def resume_session(session_id: str, request: Request) -> dict[str, Any]:
     session = gateway.find(check_id(session_id), owner(request))
     gateway.resume(session.sid, None)
     return {"id": session.sid, **standing(gateway, session)}
+
+
+@router.get("/v1/sessions/{session_id}/explain")
+async def explain_chunk(session_id: str, request: Request) -> dict[str, Any]:
+    """Where the time of one chunk (`?chunk=I`; the newest without) went, and the decisions behind it."""
+    gateway: Gateway = request.app.state.gateway
+    identity: Identity = request.state.identity
+    tenant = None if identity.role is Role.ADMIN else identity.tenant
+    session = gateway.find(check_id(session_id), tenant)
+    asked = request.query_params.get("chunk")
+    kept, index = session.times.kept(), session.times.newest()
+    if asked is not None:
+        if not asked.isascii() or not asked.isdigit() or len(asked) > 9:
+            raise InvalidRequest("chunk is no chunk index", expected="a whole number from 0 on")
+        index = int(asked)
+    found = session.times.timings(index) if index is not None else None
+    if found is None:
+        expected = f"{kept[0]} to {kept[1]}" if kept else "a session that has made a chunk"
+        raise NotFound("the times of this chunk are not kept", expected=expected)
+    return {"id": session.sid, "state": session.public(), "chunk_s": session.clock.chunk_s, "kept": kept, **found}
 
 
 @router.get("/v1/sessions/{session_id}/card")

@@ -21,6 +21,7 @@ from typing import Any
 from turboserve.errors import CorruptState
 from turboserve.runtime import messages
 from turboserve.server.attach_tokens import AttachTokens
+from turboserve.server.chunk_times import ChunkTimes
 from turboserve.server.effects import Deliver, Measure, ToController, ToViewer, ToWorker
 from turboserve.server.log_records import Bound
 from turboserve.server.outbox import Outbox
@@ -97,6 +98,7 @@ class SessionCredits:
     end_code: int = 1000
     end_reason: str = ""
     counts: Counts = field(default_factory=Counts)
+    times: ChunkTimes = field(default_factory=ChunkTimes)
     asked: dict[int, float] = field(default_factory=dict)
     """When prompts came that no chunk shows yet, by version."""
 
@@ -200,6 +202,7 @@ class SessionCredits:
             self.ring.popleft()
         if self._full() and self.viewer is not None:
             self.full_s = now_s
+        self.times.accepted(message, now_s)
         self._measure(begun, chunk, now_s)
         self._tell_accepted(chunk.index)
         self._deliver(chunk)
@@ -268,6 +271,7 @@ class SessionCredits:
         index = self.bound
         due_s = self.period.due_s(index, self.clock, now_s)
         self.begun = Begun(index, now_s, due_s, self.period.pace is Pace.LIVE)
+        self.times.begun(index, self._release_s(), now_s, due_s, self.begun.live)
         version, text, is_new = self.prompts.bind(index, self.steps)
         self.bound += 1
         prompt = text if is_new or index == 0 else None
@@ -297,6 +301,7 @@ class SessionCredits:
         )
         self.sent += 1
         self.in_flight = True
+        self.times.credited(index, self.epoch, self.worker_id, now_s)
         self.outbox.put(ToWorker(self.worker_id, credit))
 
     def send_again(self, now_s: float) -> None:

@@ -273,6 +273,8 @@ class ViewerSocket:
             header["continuity"] = chunk.continuity
         await self._socket.send_text(protocol.encode_message(header))
         await self._socket.send_bytes(data)
+        if (session := gateway.logic.sessions.get(self._sid)) is not None:
+            session.times.sent(chunk.index, started_s, encoded_s, gateway.now())
         gateway.metrics.sent_bytes.labels(self._format).inc(len(data))
 
 

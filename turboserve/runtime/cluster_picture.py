@@ -1,0 +1,103 @@
+"""What the controller shows of the cluster: workers, sessions, moves under way, decisions. JSON-ready, bounded.
+
+Times are seconds of the controller's monotonic clock; `clock` holds the same moment on that clock and as Unix time.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from turboserve.orchestrator import view as views
+from turboserve.session import OWNED, SessionState, public_state
+
+if TYPE_CHECKING:
+    from turboserve.runtime.controller_books import ControllerBooks, Live, Worker
+
+SESSIONS_SHOWN = 2000
+"""More than these are counted, not listed: the picture must fit into one message."""
+
+_TIERS = {SessionState.HOST: "host", SessionState.SPILLING: "host", SessionState.DISK: "disk"}
+
+
+def picture(books: ControllerBooks) -> dict[str, Any]:
+    """Everything that GET /v1/cluster, the operations page and `top` are made of."""
+    counts: dict[str, int] = {}
+    for live in books.sessions.values():
+        name = public_state(live.record.state).value
+        counts[name] = counts.get(name, 0) + 1
+    held: dict[str, list[Live]] = {}
+    for live in books.sessions.values():
+        if live.record.owner is not None:
+            held.setdefault(live.record.owner, []).append(live)
+    shown = list(books.sessions.values())[:SESSIONS_SHOWN]
+    return {
+        "clock": {"time_s": round(time.monotonic(), 3), "unix_s": round(time.time(), 3)},
+        "workers": [
+            _worker(books, worker_id, worker, held.get(worker_id, []))
+            for worker_id, worker in sorted(books.workers.items())
+        ],
+        "sessions": counts,
+        "session_list": [_session(books, live) for live in shown],
+        "sessions_not_listed": len(books.sessions) - len(shown),
+        "decisions": list(books.decisions),
+    }
+
+
+def _worker(books: ControllerBooks, worker_id: str, worker: Worker, held: list[Live]) -> dict[str, Any]:
+    stats, hello, columns = worker.stats, worker.hello, books.view.workers
+    sessions = books.view.sessions
+    active = sessions.active & (sessions.state == views.HELD) & (sessions.worker == worker.row)
+    return {
+        "id": worker_id,
+        "pid": hello.pid,
+        "node": hello.node,
+        "state": worker.state,
+        "device": hello.device,
+        "model": hello.model,
+        "epoch": hello.worker_epoch,
+        "numerics_id": hello.numerics_id,
+        "active": int(np.count_nonzero(active)),
+        "resident": len(held),
+        "capacity": hello.capacity,
+        "slots": hello.slot_count,
+        "requested_s": round(float(columns.request_s[worker.row]), 3),
+        "ready_s": round(float(columns.ready_at_s[worker.row]), 3),
+        "chunk_latency_ms": round(stats.chunk_latency_ms, 3) if stats else 0.0,
+        "batch_size": round(stats.batch_size_mean, 3) if stats else 0.0,
+        "busy_share": round(stats.busy_share, 3) if stats else 0.0,
+        "chunks": stats.chunks if stats else 0,
+        "device_bytes": stats.device_bytes if stats else 0,
+        "rss_bytes": stats.rss_bytes if stats else 0,
+        "sessions": [
+            {
+                "id": live.record.session_id,
+                "state": public_state(live.record.state).value,
+                "active": bool(sessions.active[live.row]),
+            }
+            for live in held[:SESSIONS_SHOWN]
+        ],
+    }
+
+
+def _session(books: ControllerBooks, live: Live) -> dict[str, Any]:
+    record, sessions = live.record, books.view.sessions
+    target = int(sessions.target[live.row])
+    owner = books.workers.get(record.owner or "")
+    row: dict[str, Any] = {
+        "id": record.session_id,
+        "state": public_state(record.state).value,
+        "stage": record.state.value,
+        "active": bool(sessions.active[live.row]),
+        "worker": record.owner,
+        "tier": _TIERS.get(record.state, "device" if record.state in OWNED else "none"),
+        "epoch": record.epoch,
+        "steps": int(sessions.steps[live.row]),
+        "reason": record.reason[:256],
+        "bytes": {"device": owner.hello.session_bytes if owner is not None else 0, "host": 0, "disk": 0},
+    }
+    if target >= 0 and books.view.workers.ids[target] != record.owner:
+        row["target"] = books.view.workers.ids[target]
+    return row

@@ -41,8 +41,9 @@ def test_every_shipped_kernel_compiles_within_our_rules(arch):
     assert found["problems"] == []
     kernels = {row["kernel"] for row in found["rows"]}
     assert kernels == {
-        "attn_varlen_slot", "layer_norm_modulate", "gated_residual", "gated_residual_norm", "qk_norm_rope_append",
-        "gather_extents", "scatter_extents", "block_checksum",
+        "attn_varlen_slot", "layer_norm_modulate", "gated_residual", "gated_residual_norm", "residual_norm",
+        "gated_residual_affine", "rms_norm", "qk_norm_rope_append", "gather_keys", "gather_extents", "scatter_extents",
+        "block_checksum",
     }  # fmt: skip
     attention = [row for row in found["rows"] if row["kernel"] == "attn_varlen_slot"]
     assert len(attention) == 3 and all(row["instructions"]["tensor_core"] for row in attention)

@@ -10,17 +10,10 @@ import pytest
 import torch
 
 from turboserve.geometry import SlotGeometry
-from turboserve.model.dit import (
-    CausalVideoTransformer,
-    PackedSegment,
-    RopeMode,
-    RotaryTable,
-    Rotation,
-    TransformerConfig,
-    halves_order,
-    init_weights,
-    rotate,
-)
+from turboserve.kernels.packed import PackedSegment, Rotation
+from turboserve.kernels.packed_torch import rotate
+from turboserve.model.dit import CausalVideoTransformer, TransformerConfig, init_weights
+from turboserve.model.rotary import RopeMode, RotaryTable, halves_order
 
 GRID = (4, 4)
 TOKENS = GRID[0] * GRID[1]
@@ -70,7 +63,7 @@ class Stream:
         self.kv = torch.randn(shape, generator=self.generator) * 50
         self.text = torch.randn(config.text_tokens, config.text_dim, generator=self.generator)
         self.text_kv = model.text_kv(self.text)
-        self.table = RotaryTable(config, *GRID)
+        self.table = RotaryTable(config.head_dim, config.rope_theta, *GRID)
 
     def rows(self) -> torch.Tensor:
         return torch.randn(TOKENS, self.model.config.patch_dim, generator=self.generator)
@@ -100,7 +93,7 @@ def test_packed_equals_dense_over_a_wrapping_ring(rope_mode):
     clean = torch.stack([stream.rows() for _ in range(chunks)])
     noisy = torch.stack([stream.rows() for _ in range(chunks)])
 
-    table = RotaryTable(model.config, *GRID)
+    table = RotaryTable(model.config.head_dim, model.config.rope_theta, *GRID)
     seen = [sorted({*range(min(1, c)), *range(max(c - 2, 0), c)}) for c in range(chunks)]
     rows = [[*seen[c], c] for c in range(chunks)] + [[*seen[c], chunks + c] for c in range(chunks)]
     if rope_mode is RopeMode.RELATIVE:
@@ -178,6 +171,6 @@ def test_halves_are_interleaved_pairs_in_another_order():
     x = torch.randn(7, config.heads, config.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
-    order = halves_order(config)
+    order = halves_order(config.heads, config.head_dim)
     ours = rotate(x.flatten(1)[:, order].view_as(x), Rotation(angle.cos(), angle.sin()))
     torch.testing.assert_close(ours.flatten(1), turned.flatten(1)[:, order])

@@ -29,6 +29,13 @@ _OPCODES = {
     "local_load": r"\bLDL\b",
     "local_store": r"\bSTL\b",
 }
+# (WITH_GATE, WITH_NORM, AFFINE) of the residual kernel's forms.
+_RESIDUALS = {
+    "gated_residual": (True, False, False),
+    "gated_residual_norm": (True, True, False),
+    "residual_norm": (False, True, False),
+    "gated_residual_affine": (True, True, True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +71,15 @@ def cases(arch: int) -> Iterator[AotCase]:
             {
                 **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
                 "work_ptr": "*i32",
-                **dict.fromkeys(("stride_q_row", "stride_kv_slot", "stride_kv_token", "stride_kv_head"), "i32"),
+                "places_ptr": "*i64",
+                **dict.fromkeys(("stride_q_row", "stride_k_token", "stride_v_token"), "i32"),
                 "qk_scale_log2": "fp32",
             },
-            {"HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "UPCAST": False},
+            {"UNIT": 8, "HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "UPCAST": False},
             tile.num_warps,
             tile.num_stages,
             memory_bound=False,
-            aligned=("stride_q_row", "stride_kv_slot", "stride_kv_token", "stride_kv_head"),
+            aligned=("stride_q_row", "stride_k_token", "stride_v_token"),
         )
     for channels in (192, 1536, 5120):
         rows, block, warps = norm.row_block(channels)
@@ -87,9 +95,9 @@ def cases(arch: int) -> Iterator[AotCase]:
             warps,
             aligned=("channels", "stride_table"),
         )
-        for with_norm in (False, True):
+        for name, flags in _RESIDUALS.items():
             yield AotCase(
-                "gated_residual_norm" if with_norm else "gated_residual",
+                name,
                 f"C{channels} rows{rows} w{warps} bf16",
                 norm._gated_residual_kernel,
                 {
@@ -98,12 +106,27 @@ def cases(arch: int) -> Iterator[AotCase]:
                     **tables,
                     "level_ptr": "*i32",
                     **dict.fromkeys(("residual_ptr", "out_ptr"), "*bf16"),
+                    "stride_gate": "i32",
                     **numbers,
                 },
-                constants | {"WITH_NORM": with_norm},
+                constants | dict(zip(("WITH_GATE", "WITH_NORM", "AFFINE"), flags, strict=True)),
                 warps,
-                aligned=("channels", "stride_table"),
+                aligned=("channels", "stride_gate", "stride_table"),
             )
+        yield AotCase(
+            "rms_norm",
+            f"C{channels} rows{rows} w{warps} bf16",
+            norm._rms_norm_kernel,
+            {
+                **dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), "*bf16"),
+                "row_count": "i32",
+                "channels": "i32",
+                "eps": "fp32",
+            },
+            constants,
+            warps,
+            aligned=("channels",),
+        )
     for heads, head_dim in ((6, 32), (12, 128), (40, 128)):
         import triton
 
@@ -116,23 +139,45 @@ def cases(arch: int) -> Iterator[AotCase]:
                 **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr"), "*bf16"),
                 **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
                 **dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*bf16"),
-                "cache_rows_ptr": "*i64",
+                "places_ptr": "*i64",
                 "out_ptr": "*bf16",
                 "channels": "i32",
                 "stride_in": "i32",
                 "eps": "fp32",
                 "heads": "i32",
-                "stride_cache_token": "i32",
             },
             {
                 "ROTATE_KEYS": True,
+                "UNIT": 8,
                 "HALF": half,
                 "HEADS": triton.next_power_of_2(heads),
                 "PAIRS": triton.next_power_of_2(half),
             },
             rope.warp_count(heads * head_dim),
             wide=heads * head_dim >= 1024,
-            aligned=("channels", "stride_in", "stride_cache_token"),
+            aligned=("channels", "stride_in"),
+        )
+        yield AotCase(
+            "gather_keys",
+            f"H{heads} D{head_dim} bf16",
+            rope._gather_keys_kernel,
+            {
+                **dict.fromkeys(("cache_ptr", "out_ptr"), "*bf16"),
+                "places_ptr": "*i64",
+                **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
+                "channels": "i32",
+                "heads": "i32",
+            },
+            {
+                "ROTATE": True,
+                "UNIT": 8,
+                "HALF": half,
+                "HEADS": triton.next_power_of_2(heads),
+                "PAIRS": triton.next_power_of_2(half),
+            },
+            rope.warp_count(heads * head_dim),
+            wide=heads * head_dim >= 1024,
+            aligned=("channels",),
         )
     for gather in (True, False):
         yield AotCase(

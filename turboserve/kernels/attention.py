@@ -1,9 +1,10 @@
 """Varlen attention of a coalesced batch over contiguous slots: `attn_varlen_slot` of reference.py in Triton.
 
-A *work list* in device memory has one row per tile of queries: (first packed row, rows, slot, visible tokens). Tiles
-are anchored at each segment's own first row and the kernel walks the slot's tokens from 0 in fixed steps: no split
-over keys, no atomics, a tile shape from a static table by (arch, dtype, head_dim). What a segment computes therefore
-does not depend on what else is in the batch, to the bit.
+A *work list* in device memory has one row per tile of queries: (first packed row, rows, place, visible tokens). A
+*place* says where a segment's keys and values begin, in 16-byte units from a base address, so that sessions need not
+share one allocation. Tiles are anchored at each segment's own first row and the kernel walks the slot's tokens from 0
+in fixed steps: no split over keys, no atomics, a tile shape from a static table by (arch, dtype, head_dim). What a
+segment computes therefore does not depend on what else is in the batch, to the bit.
 
 Text cross-attention is the same kernel with the text keys as the cache.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 WORK_COLUMNS = 4
+UNIT_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,12 @@ def _attn_varlen_slot_kernel(
     v_ptr,
     out_ptr,
     work_ptr,
+    places_ptr,
     stride_q_row,
-    stride_kv_slot,
-    stride_kv_token,
-    stride_kv_head,
+    stride_k_token,
+    stride_v_token,
     qk_scale_log2,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -78,7 +81,7 @@ def _attn_varlen_slot_kernel(
     head = tl.program_id(1)
     first_row = tl.load(work_ptr + tile * 4 + 0)
     rows = tl.load(work_ptr + tile * 4 + 1)
-    slot = tl.load(work_ptr + tile * 4 + 2).to(tl.int64)
+    place = tl.load(work_ptr + tile * 4 + 2)
     kv_len = tl.load(work_ptr + tile * 4 + 3)
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -90,7 +93,9 @@ def _attn_varlen_slot_kernel(
     q = tl.load(q_ptr + q_offsets, mask=row_mask[:, None], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
-    kv_base = slot * stride_kv_slot + head * stride_kv_head
+    # Places count 16-byte units: the constant factor tells the compiler that every access is aligned to 128 bits.
+    k_base = tl.load(places_ptr + place * 2 + 0) * UNIT + head * HEAD_DIM
+    v_base = tl.load(places_ptr + place * 2 + 1) * UNIT + head * HEAD_DIM
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -100,8 +105,8 @@ def _attn_varlen_slot_kernel(
     whole = (kv_len // BLOCK_N) * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
         tokens = (start + offs_n).to(tl.int64)
-        k = tl.load(k_ptr + kv_base + tokens[None, :] * stride_kv_token + offs_d[:, None])
-        v = tl.load(v_ptr + kv_base + tokens[:, None] * stride_kv_token + offs_d[None, :])
+        k = tl.load(k_ptr + k_base + tokens[None, :] * stride_k_token + offs_d[:, None])
+        v = tl.load(v_ptr + v_base + tokens[:, None] * stride_v_token + offs_d[None, :])
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
@@ -116,12 +121,8 @@ def _attn_varlen_slot_kernel(
     if whole < kv_len:
         tokens = (whole + offs_n).to(tl.int64)
         seen = tokens < kv_len
-        k = tl.load(
-            k_ptr + kv_base + tokens[None, :] * stride_kv_token + offs_d[:, None], mask=seen[None, :], other=0.0
-        )
-        v = tl.load(
-            v_ptr + kv_base + tokens[:, None] * stride_kv_token + offs_d[None, :], mask=seen[:, None], other=0.0
-        )
+        k = tl.load(k_ptr + k_base + tokens[None, :] * stride_k_token + offs_d[:, None], mask=seen[None, :], other=0.0)
+        v = tl.load(v_ptr + v_base + tokens[:, None] * stride_v_token + offs_d[None, :], mask=seen[:, None], other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
@@ -138,18 +139,18 @@ def _attn_varlen_slot_kernel(
     tl.store(out_ptr + q_offsets, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
 
 
-def work_list(cu_seqlens_q: np.ndarray, slots: np.ndarray, kv_lens: np.ndarray, block_m: int) -> np.ndarray:
-    """int32 [tiles, 4]: (first row, rows, slot, visible tokens), the longest first so that the last wave is short.
+def work_list(cu_seqlens_q: np.ndarray, places: np.ndarray, kv_lens: np.ndarray, block_m: int) -> np.ndarray:
+    """int32 [tiles, 4]: (first row, rows, place, visible tokens), the longest first so that the last wave is short.
 
     Everything is counted on the host: reading one length back from the device would stall the batch.
     """
     rows: list[tuple[int, int, int, int]] = []
-    for n in range(len(slots)):
+    for n in range(len(places)):
         begin, end = int(cu_seqlens_q[n]), int(cu_seqlens_q[n + 1])
         if int(kv_lens[n]) <= 0:
             raise ValueError(f"segment {n} sees no keys")
         rows += [
-            (first, min(block_m, end - first), int(slots[n]), int(kv_lens[n])) for first in range(begin, end, block_m)
+            (first, min(block_m, end - first), int(places[n]), int(kv_lens[n])) for first in range(begin, end, block_m)
         ]
     rows.sort(key=lambda one: (-one[3], one[0]))
     return np.array(rows, dtype=np.int32).reshape(-1, WORK_COLUMNS)
@@ -158,25 +159,52 @@ def work_list(cu_seqlens_q: np.ndarray, slots: np.ndarray, kv_lens: np.ndarray, 
 def attn_varlen_slot(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, work: Tensor, config: TileConfig, scale: float | None = None
 ) -> Tensor:
-    """Packed q [R, H, D] over slots k_cache, v_cache [S, T, H, D] by a work list made with `config.block_m`.
+    """Packed q [R, H, D] over slots k_cache, v_cache [S, T, H, D] by a work list made with `config.block_m`, its
+    places being slots.
 
-    The caches may be strided views (one layer of a slab) as long as D is contiguous and both have the same strides.
+    The caches may be strided views (one layer of a slab) as long as a token's [H, D] is contiguous and slots are
+    multiples of 16 bytes apart.
+    """
+    apart = [one.stride(0) * one.element_size() for one in (k_cache, v_cache)]
+    if any(one % UNIT_BYTES for one in apart):
+        raise ValueError(f"slots are {apart} bytes apart; they must be multiples of {UNIT_BYTES}")
+    slots = torch.arange(k_cache.shape[0], device=q.device)
+    places = torch.stack([slots * (one // UNIT_BYTES) for one in apart], 1)
+    return attn_varlen_placed(q, k_cache[0], v_cache[0], places, work, config, scale)
+
+
+def attn_varlen_placed(
+    q: Tensor,
+    k_base: Tensor,
+    v_base: Tensor,
+    places: Tensor,
+    work: Tensor,
+    config: TileConfig,
+    scale: float | None = None,
+) -> Tensor:
+    """Packed q [R, H, D] over keys and values that begin `places` int64 [P, 2] (16-byte units) after the addresses of
+    k_base and v_base [tokens, H, D], whose token strides hold at every place. A place may lie outside the tensor that
+    names the base: the caller says that the memory is there.
     """
     heads, head_dim = q.shape[-2:]
-    if q.stride(-1) != 1 or q.stride(-2) != head_dim or k_cache.stride(-1) != 1 or k_cache.stride() != v_cache.stride():
-        raise ValueError("attn_varlen_slot: head_dim must be contiguous, and both caches laid out alike")
+    for one in (q, k_base, v_base):
+        if one.stride(-1) != 1 or one.stride(-2) != head_dim:
+            raise ValueError("attention: the [H, D] of a token must be contiguous in queries, keys and values")
+        if one.dtype != q.dtype:
+            raise ValueError(f"attention: queries are {q.dtype}, keys or values {one.dtype}; they must be alike")
     out = torch.empty_like(q)
     _attn_varlen_slot_kernel[(work.shape[0], heads)](
         q_ptr=q,
-        k_ptr=k_cache,
-        v_ptr=v_cache,
+        k_ptr=k_base,
+        v_ptr=v_base,
         out_ptr=out,
         work_ptr=work,
+        places_ptr=places,
         stride_q_row=q.stride(0),
-        stride_kv_slot=k_cache.stride(0),
-        stride_kv_token=k_cache.stride(1),
-        stride_kv_head=k_cache.stride(2),
+        stride_k_token=k_base.stride(0),
+        stride_v_token=v_base.stride(0),
         qk_scale_log2=(head_dim**-0.5 if scale is None else scale) * LOG2_E,
+        UNIT=UNIT_BYTES // q.element_size(),
         HEAD_DIM=head_dim,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from turboserve.kernels.attention import UNIT_BYTES
 from turboserve.kernels.reference import CHECKSUM_PRIME
 
-UNIT_BYTES = 16
 BLOCK_WORDS = 4096
 CHECKSUM_WORDS = 4096
 

@@ -91,6 +91,12 @@ def qk_norm_rope_append(
     return rotate_halves(queries, cos, sin)
 
 
+def gather_keys(cache: Tensor, rows: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    """Token rows [K] of a cache [T, H, D], rotated by cos, sin [K, D / 2] if given: [K, H, D]."""
+    keys = cache[rows]
+    return keys if cos is None or sin is None else rotate_halves(keys, cos, sin)
+
+
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, level: Tensor, eps: float) -> Tensor:
     """norm(x) * (1 + scale[level]) + shift[level] for x [R, C], tables [levels, C], level [R]."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -106,14 +112,25 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, level: Tensor) -> Tensor:
 
 
 def gated_residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, level: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, level: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The residual, and it normalised and modulated for what comes next: one read instead of two.
+    """The residual (no gate: x + y), and it normalised and modulated for what comes next: one read instead of two.
 
     The norm sees the residual as it was rounded to x's dtype, so that it equals the two steps one after the other.
     """
-    residual = gated_residual(x, y, gate, level)
+    residual = x + y if gate is None else gated_residual(x, y, gate, level)
     return residual, layer_norm_modulate(residual, shift, scale, level, eps)
+
+
+def gated_residual_affine(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, level: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual, and a plain LayerNorm of it with weight and bias [C]."""
+    residual = gated_residual(x, y, gate, level)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = residual.to(wide)
+    z = (z - z.mean(-1, keepdim=True)) * torch.rsqrt(z.var(-1, unbiased=False, keepdim=True) + eps)
+    return residual, (z * weight.to(wide) + bias.to(wide)).to(x.dtype)
 
 
 def gather_extents(source: Tensor, starts: Tensor, extent_bytes: int) -> Tensor:

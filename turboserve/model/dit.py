@@ -9,8 +9,7 @@ Two forms of forward compute the same thing:
 - `forward_dense` for training: whole clips, each chunk told which chunks it sees;
 - `forward_packed` for serving: rows of many sessions end to end, keys read from and written to their slots.
 
-Shapes: B clips, C chunks, P tokens a chunk, R packed rows, H heads, D head_dim, S text tokens, V visible
-chunks.
+Shapes: B clips, C chunks, P tokens a chunk, R packed rows, H heads, D head_dim, S text tokens.
 """
 
 from __future__ import annotations
@@ -18,19 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class RopeMode(StrEnum):
-    """What the time axis of the rotary embedding counts, which decides whether keys are cached rotated."""
-
-    RELATIVE = "relative"  # position in the window; keys are cached un-rotated; a stream may last for ever
-    ABSOLUTE = "absolute"  # latent frame of the stream; keys are cached rotated
+from turboserve.kernels.packed import Kernels, LevelTable, PackedSegment, Rotation, kernels_for
+from turboserve.kernels.packed_torch import TorchKernels, rotate
+from turboserve.model.rotary import RopeMode
 
 
 @dataclass(frozen=True)
@@ -58,64 +52,9 @@ class TransformerConfig:
         return self.dim // self.heads
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """Cosines and sines of a run of tokens, [tokens, 1, D / 2]."""
-
-    cos: Tensor
-    sin: Tensor
-
-
 # For each chunk of a clip: the chunks it sees as (chunk, position) pairs, itself last. In relative mode a
 # position is a place in the window, in absolute mode a latent frame of the stream.
 Visible = Sequence[Sequence[tuple[int, int]]]
-
-
-class RotaryTable:
-    """Rotary angles of latent frames on a height x width token grid.
-
-    The head's pairs are shared out as in Wan: D - 4 * (D // 6) numbers for time, 2 * (D // 6) for each of
-    height and width. Angles are computed in float64.
-    """
-
-    def __init__(self, config: TransformerConfig, height: int, width: int) -> None:
-        spatial = 2 * (config.head_dim // 6)
-        self._time = self._frequencies(config.head_dim - 2 * spatial, config.rope_theta)
-        axis = self._frequencies(spatial, config.rope_theta)
-        rows, columns = torch.arange(height).double(), torch.arange(width).double()
-        vertical = torch.outer(rows, axis)[:, None].expand(height, width, -1)
-        horizontal = torch.outer(columns, axis)[None].expand(height, width, -1)
-        self._place = torch.cat([vertical, horizontal], -1).reshape(height * width, -1)
-
-    @staticmethod
-    def _frequencies(dims: int, theta: float) -> Tensor:
-        return theta ** (-torch.arange(0, dims, 2).double() / dims)
-
-    def at(self, frames: Sequence[int], device: torch.device | str = "cpu") -> Rotation:
-        """Rotation of all tokens of the given latent frame positions, in that order."""
-        time = torch.outer(torch.tensor(frames).double(), self._time)
-        time = time[:, None].expand(-1, len(self._place), -1)
-        angle = torch.cat([time, self._place.expand(len(frames), -1, -1)], -1).flatten(0, 1)[:, None]
-        return Rotation(angle.cos().float().to(device), angle.sin().float().to(device))
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the pairs (i, i + D / 2) of x [..., tokens, H, D].
-
-    Wan pairs neighbours (2i, 2i + 1); halves are several times faster on a CPU and the same but for the order
-    of the channels, so loading permutes the rows of q and k once (`halves_order`).
-    """
-    first, second = x.chunk(2, -1)
-    cos, sin = rotation.cos.to(x.dtype), rotation.sin.to(x.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def halves_order(config: TransformerConfig) -> Tensor:
-    """Row order that turns q/k weights made for interleaved pairs (original Wan) into ours: new[i] =
-    old[order[i]].
-    """
-    within = torch.arange(config.head_dim).view(-1, 2).T.reshape(-1)
-    return (torch.arange(config.heads)[:, None] * config.head_dim + within).reshape(-1)
 
 
 class Attention(nn.Module):
@@ -156,23 +95,6 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(scores.softmax(-1), v)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention of one session's q [Tq, H, D] over k, v [Tk, H, D]; returns [Tq, H * D]."""
-    # The batch axis is there for the fused kernel, which takes four dimensions only.
-    q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
-
-
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor, group: int) -> Tensor:
-    """x [R, dim] scaled and shifted by the [groups, 1, dim] of its group of `group` rows."""
-    return torch.addcmul(shift, x.unflatten(0, (-1, group)), 1 + scale).flatten(0, 1)
-
-
-def _gated(x: Tensor, y: Tensor, gate: Tensor, group: int) -> Tensor:
-    """x + y * gate, the gate [groups, 1, dim] by group of rows."""
-    return torch.addcmul(x.unflatten(0, (-1, group)), y.unflatten(0, (-1, group)), gate).flatten(0, 1)
-
-
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -200,35 +122,6 @@ class Head(nn.Module):
         return self.head(self.norm(x) * (1 + scale) + shift)
 
 
-@dataclass(frozen=True)
-class LevelTable:
-    """Modulation of every noise level, blocks' own tables added in: the only thing a pass needs to know of
-    time.
-    """
-
-    blocks: Tensor  # [levels, layers, 6, dim]
-    head: Tensor  # [levels, 2, dim]
-
-
-@dataclass(frozen=True)
-class PackedSegment:
-    """One session's rows in a packed pass, and where its keys lie.
-
-    Runs are (first slot token, count). Own keys go to `write` first, in row order; then queries see `read`,
-    which for all but a recache is one run from the start of the slot. `key_rotation` covers the tokens of
-    `read` in that order, or is None when keys are cached rotated.
-    """
-
-    rows: slice
-    level: int
-    kv_cache: Tensor  # [layers, 2, slot_tokens, H, D]
-    write: tuple[tuple[int, int], ...]
-    read: tuple[tuple[int, int], ...]
-    query_rotation: Rotation
-    key_rotation: Rotation | None
-    text_kv: Tensor  # [layers, 2, S, H, D]
-
-
 class CausalVideoTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -245,11 +138,17 @@ class CausalVideoTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
+        # PyTorch's run on any device; whoever loads the weights onto a device calls `choose_kernels`.
+        self.kernels: Kernels = TorchKernels()
 
     @property
     def layers(self) -> list[Block]:
         """The blocks, under their type."""
         return cast("list[Block]", list(self.blocks))
+
+    def choose_kernels(self) -> None:
+        """Kernels for the device that the weights lie on, from now on. ConfigError where it has none."""
+        self.kernels = kernels_for(self.patch_embedding.weight.device)
 
     # -- conditioning --
 
@@ -365,61 +264,35 @@ class CausalVideoTransformer(nn.Module):
         """One pass over packed rows [R, patch_dim + condition_dim] -> [R, patch_dim]; writes the segments' keys into
         their slots.
 
-        Linear layers run over all rows at once; attention runs per segment, so that a segment's result does
-        not depend on its neighbours.
+        Linear layers run over all rows at once; all else is the kernels' (kernels/packed.py), which give a segment
+        the same result whatever its neighbours.
         """
-        # Rows in groups of one level each: whole segments where all are equally long, else single rows.
-        lengths = [one.rows.stop - one.rows.start for one in segments]
-        group = lengths[0] if len(set(lengths)) == 1 else 1
-        of_group = [one.level for one, length in zip(segments, lengths, strict=True) for _ in range(length // group)]
-        level = torch.tensor(of_group, device=tokens.device)
-        modulation = levels.blocks[level][..., None, :]  # [groups, layers, 6, 1, dim]
-        query_rotation = Rotation(
-            torch.cat([one.query_rotation.cos for one in segments]),
-            torch.cat([one.query_rotation.sin for one in segments]),
+        work = self.kernels.begin(
+            segments,
+            levels,
+            heads=self.config.heads,
+            eps=self.config.eps,
+            rotate_keys=self.config.rope_mode is RopeMode.ABSOLUTE,
         )
         x = self._embed(tokens)
-        for index, block in enumerate(self.layers):
-            m = modulation[:, index].unbind(1)
-            y = _modulated(block.norm1(x), m[0], m[1], group)
+        m = work.modulation(0)
+        y = work.normalise(x, m[0], m[1])
+        for layer, block in enumerate(self.layers):
             attention = block.self_attn
-            q = rotate(attention.query(y), query_rotation)
-            k, v = attention.key_value(y)
-            if self.config.rope_mode is RopeMode.ABSOLUTE:
-                k = rotate(k, query_rotation)
-            y = torch.cat([self._attend_slot(one, index, q, k, v) for one in segments])
-            x = _gated(x, attention.o(y), m[2], group)
-            q = block.cross_attn.query(block.norm3(x))
-            y = torch.cat([attend(q[one.rows], *one.text_kv[index].unbind(0)) for one in segments])
-            x = x + block.cross_attn.o(y)
-            y = _modulated(block.norm2(x), m[3], m[4], group)
-            x = _gated(x, block.ffn(y), m[5], group)
-        shift, scale = levels.head[level][:, :, None].unbind(1)
-        return self.head.head(_modulated(self.head.norm(x), shift, scale, group))
-
-    @staticmethod
-    def _attend_slot(segment: PackedSegment, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write a segment's keys and values into its slot, then attend over the visible prefix of the
-        slot.
-        """
-        keys, values = segment.kv_cache[layer].unbind(0)
-        row = segment.rows.start
-        for start, count in segment.write:
-            keys[start : start + count] = k[row : row + count]
-            values[start : start + count] = v[row : row + count]
-            row += count
-        seen, seen_values = _runs(keys, segment.read), _runs(values, segment.read)
-        if segment.key_rotation is not None:
-            seen = rotate(seen, segment.key_rotation)
-        return attend(q[segment.rows], seen.to(q.dtype), seen_values.to(q.dtype))
-
-
-def _runs(x: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
-    """The given runs of the first axis, laid end to end; one run is a view."""
-    if len(runs) == 1:
-        start, count = runs[0]
-        return x[start : start + count]
-    return torch.cat([x[start : start + count] for start, count in runs])
+            q, k, v = attention.q(y), attention.k(y), attention.v(y)
+            q = work.append(q, k, v, attention.norm_q.weight, attention.norm_k.weight, layer)
+            y = attention.o(work.attend_slots(q, layer))
+            x, y = work.residual_affine(x, y, m[2], block.norm3.weight, block.norm3.bias)
+            attention = block.cross_attn
+            q = work.text_query(attention.q(y), attention.norm_q.weight)
+            y = attention.o(work.attend_text(q, layer))
+            x, y = work.residual(x, y, None, m[3], m[4])
+            y = block.ffn(y)
+            # The residual is fused with the norm that comes next: the following block's, or the head's.
+            gate = m[5]
+            m = work.modulation(layer + 1) if layer + 1 < len(self.blocks) else work.head_modulation()
+            x, y = work.residual(x, y, gate, m[0], m[1])
+        return self.head.head(y)
 
 
 def init_weights(model: CausalVideoTransformer, seed: int) -> None:

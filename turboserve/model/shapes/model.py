@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from turboserve.errors import SessionPoisoned
-from turboserve.model.dit import PackedSegment, Rotation
+from turboserve.kernels.packed import PackedSegment, Rotation
 from turboserve.model.interface import (
     ChunkRequest,
     Control,
@@ -57,6 +57,7 @@ class ShapesModel:
         self._codec = weights.codec.to(self._device)
         self._sharpener = weights.sharpener.to(self._device).eval().requires_grad_(False)
         self._transformer = self._network.transformer
+        self._transformer.choose_kernels()
         self._config = self._transformer.config
         self._levels = self._transformer.level_table(SCHEDULE.timesteps)
         self._table = rotary_table(self._config)
@@ -286,7 +287,7 @@ class ShapesModel:
                 "packed rows differ from the same rows alone by %g; segments run one by one",
                 found["max_abs_difference"],
             )
-        return {**found, "one_by_one": self._one_by_one}
+        return {**found, "one_by_one": self._one_by_one, "kernels": self._transformer.kernels.name}
 
 
 def _slot_view(kv_cache: Tensor) -> Tensor:

@@ -7,14 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from turboserve.model.dit import (
-    CausalVideoTransformer,
-    RotaryTable,
-    Rotation,
-    TransformerConfig,
-    Visible,
-    init_weights,
-)
+from turboserve.kernels.packed import Rotation
+from turboserve.model.dit import CausalVideoTransformer, TransformerConfig, Visible, init_weights
+from turboserve.model.rotary import RotaryTable
 from turboserve.model.shapes import vocabulary as v
 from turboserve.model.shapes.codec import TOKEN_DIM
 from turboserve.model.shapes.spec import TOKENS
@@ -61,7 +56,7 @@ class ShapesNetwork(nn.Module):
 
 
 def rotary_table(config: TransformerConfig = CONFIG) -> RotaryTable:
-    return RotaryTable(config, v.TOKENS_PER_SIDE, v.TOKENS_PER_SIDE)
+    return RotaryTable(config.head_dim, config.rope_theta, v.TOKENS_PER_SIDE, v.TOKENS_PER_SIDE)
 
 
 def fresh_network(seed: int, config: TransformerConfig = CONFIG) -> ShapesNetwork:

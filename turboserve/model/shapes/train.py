@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from turboserve.model.dit import Rotation
+from turboserve.kernels.packed import Rotation
 from turboserve.model.shapes.clips import CLIP_CHUNKS, ClipPool, make_frames
 from turboserve.model.shapes.codec import PatchCodec
 from turboserve.model.shapes.network import ShapesNetwork, fresh_network, rotary_table

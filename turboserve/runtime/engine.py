@@ -27,7 +27,7 @@ import torch
 
 from turboserve.digest import next_digest
 from turboserve.errors import Conflict, NotFound, SessionPoisoned, TurboServeError
-from turboserve.model.interface import ChunkRequest, Control, PackedBatch, Segment, StreamingModel, pack
+from turboserve.model.interface import ChunkRequest, Control, PackedBatch, PassKind, Segment, StreamingModel, pack
 from turboserve.runtime.batch import form_batch
 from turboserve.runtime.cost_model import MeasuredCost
 from turboserve.runtime.kv_pool import KvPool
@@ -206,6 +206,8 @@ class Engine:
         segment = work.segment
         try:
             self.model.advance(segment, result)
+            if segment.kind is PassKind.RECACHE:
+                session.pages_rewritten += 1
             if segment.completes_latents:
                 emit(self._decode(session, work))
             work.position += 1

@@ -57,13 +57,17 @@ class QueuedChunk:
 
 @dataclass(slots=True)
 class HeldSession:
-    """One resident session. `fault` names what broke it; a broken one keeps its slot until it is closed."""
+    """One resident session. `fault` names what broke it; a broken one keeps its slot until it is closed.
+
+    `pages_rewritten` counts recaches: they change pages that were finished, so copies of those are out of date.
+    """
 
     state: SessionTensors
     digest: str = ""
     queue: list[QueuedChunk] = field(default_factory=list)
     work: ChunkWork | None = None
     fault: str | None = None
+    pages_rewritten: int = 0
     decoded_s: float = 0.0
     context_s: float = 0.0
     """Of the last committed chunk, for `explain`: when its frames were out, how long its context pass took after."""

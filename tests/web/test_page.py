@@ -152,19 +152,6 @@ def test_leaving_the_page_ends_its_sessions(server: Server, open_page: OpenPage)
     raise AssertionError("the session outlives its page")
 
 
-def test_the_operations_page_shows_workers_and_decisions(server: Server, open_page: OpenPage) -> None:
-    watcher = open_page(server.url)
-    watcher.start("a pink ring growing on grey")
-    ops = watcher.page.context.new_page()
-    ops.goto(server.url + "ops")
-    ops.wait_for_selector(".worker[data-state=ready]", timeout=1000 * PATIENCE_S)
-    ops.wait_for_function(
-        "() => Number(document.querySelector('[data-state=active] b').textContent) >= 1", timeout=1000 * PATIENCE_S
-    )
-    assert ops.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    ops.close()
-
-
 def test_theme_and_motion_follow_the_viewer(server: Server, open_page: OpenPage) -> None:
     watcher = open_page(server.url, color_scheme="dark", reduced_motion="reduce")
     background = "getComputedStyle(document.body).backgroundColor"

@@ -1,117 +1,89 @@
-/** The operations page: workers, sessions by state and the latest decisions, read again every second. */
+/**
+ * The operations page. It asks for the cluster's picture twice a second (the server makes it at most four times a
+ * second, however many ask) and for the last minutes every other second.
+ */
 
 import * as api from "./api.js";
+import { SessionMenu, addWorker, drain, kill, move, wordsFor } from "./commands.js";
+import { Decisions } from "./decisions.js";
 import { askForKey } from "./dialogs.js";
-import { explain } from "./errors.js";
+import { at, element } from "./dom.js";
+import { percent } from "./figures.js";
+import { lanesAt } from "./lanes.js";
+import { drawLatency, drawOnTime } from "./plots.js";
 
-const EVERY_MS = 1000;
-const STATES = ["active", "idle", "queued", "suspended", "migrating", "recovering", "closed", "failed"];
+const EVERY_MS = 500;
+const HISTORY_EVERY_MS = 2000;
+const HISTORY_S = 300;
+const STATES = ["active", "idle", "queued", "suspended", "migrating", "recovering", "failed"];
+const ALWAYS = new Set(["active", "suspended", "queued"]);
 
-/** @param {string} id */
-const at = (id) => /** @type {HTMLElement} */ (document.getElementById(id));
+/** @type {any} */
+let cluster = null;
+const menu = new SessionMenu();
+const decisions = new Decisions();
+/** @type {import("./lanes.js").LaneEvents} */
+const laneEvents = { open: (session) => menu.open(session, cluster, true), move, drain, kill: null };
+const lanes = lanesAt(laneEvents);
 
-/**
- * @param {string} tag @param {string|Node|(string|Node)[]} content @param {Record<string, string>} [attributes]
- */
-function element(tag, content, attributes = {}) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...(Array.isArray(content) ? content : [content]));
-  return made;
+/** @param {any} counts @param {any} totals */
+function figures(counts, totals) {
+  const share = totals.on_time_share_1m ?? null;
+  return [
+    element("li", [element("b", share === null ? "–" : `${percent(share)} %`), "on time, last minute"], { "data-state": "ontime", "data-some": String(share !== null && share < 0.995) }),
+    ...STATES.filter((name) => counts[name] > 0 || ALWAYS.has(name)).map((name) =>
+      element("li", [element("b", String(counts[name] ?? 0)), name], { "data-state": name, "data-some": String((counts[name] ?? 0) > 0) }),
+    ),
+    element("li", [element("b", String(totals.viewers ?? 0)), "viewers"], { "data-state": "viewers", "data-some": "false" }),
+  ];
 }
 
-/** @param {any} worker */
-function workerCard(worker) {
-  const capacity = worker.capacity ?? 0;
-  const slots = element("div", "", { class: "slots", "aria-hidden": "true" });
-  const shown = Math.min(24, Math.max(capacity, worker.active ?? 0));
-  for (let slot = 0; slot < shown; slot += 1) {
-    const kind = slot < worker.active ? (slot < capacity ? "active" : "over") : slot < worker.resident ? "resident" : "free";
-    slots.append(element("i", "", { class: kind }));
-  }
-  const latency = worker.chunk_latency_ms;
-  return element(
-    "li",
-    [
-      element("h3", [worker.id, element("span", worker.state ?? "", { class: "badge" })]),
-      slots,
-      element("dl", [
-        pair("active", `${worker.active ?? 0} of ${capacity || "–"}`),
-        pair("resident", String(worker.resident ?? "–")),
-        pair("chunk latency", typeof latency === "number" ? `${latency.toFixed(0)} ms` : "–"),
-        pair("device", worker.device ?? "–"),
-        pair("node", `${worker.node ?? "–"}${worker.pid ? `, pid ${worker.pid}` : ""}`),
-      ]),
-    ],
-    { class: "worker", "data-state": worker.state ?? "" },
-  );
-}
-
-/** @param {string} name @param {string} value */
-const pair = (name, value) => element("div", [element("dt", name), element("dd", value)]);
-
-/** @param {any} sessions */
-function stateCounts(sessions) {
-  const names = [...STATES, ...Object.keys(sessions).filter((name) => !STATES.includes(name))];
-  return names
-    .filter((name) => typeof sessions[name] === "number" && (sessions[name] > 0 || name === "active" || name === "queued"))
-    .map((name) => element("li", [element("b", String(sessions[name])), name], { "data-state": name, "data-some": String(sessions[name] > 0) }));
-}
-
-/** @param {any} decision @param {number} newestS */
-function decisionRow(decision, newestS) {
-  const { time_s: time, event, kind, worker, source, session, reason } = decision;
-  const where = [source, worker].filter(Boolean).join(" → ");
-  return element("tr", [
-    element("td", typeof time === "number" ? when(time, newestS) : "", { class: "time" }),
-    element("td", event ?? kind ?? ""),
-    element("td", session ? session.slice(0, 8) : "", { class: "id", title: session ?? "" }),
-    element("td", where),
-    element("td", reason ?? ""),
-  ]);
-}
-
-/**
- * Wall clock times are written as such. A server may count on a clock of its own; then what matters is
- * how long before the newest decision it was.
- * @param {number} seconds @param {number} newestS
- */
-function when(seconds, newestS) {
-  if (seconds > 1e9) return new Date(seconds * 1000).toLocaleTimeString();
-  const before = newestS - seconds;
-  if (before < 0.05) return "newest";
-  return before < 60 ? `${before.toFixed(1)} s before` : `${Math.floor(before / 60)} min ${Math.round(before % 60)} s before`;
-}
-
-/** @param {any} cluster */
-function draw(cluster) {
-  const workers = cluster.workers ?? [];
-  at("workers").replaceChildren(...workers.map(workerCard));
-  at("workers-none").hidden = workers.length > 0;
-  at("sessions").replaceChildren(...stateCounts(cluster.sessions ?? {}));
-  const decisions = [...(cluster.decisions ?? [])];
-  const newestFirst = decisions.sort((a, b) => (b.time_s ?? 0) - (a.time_s ?? 0)).slice(0, 100);
-  at("decisions").replaceChildren(...newestFirst.map((decision) => decisionRow(decision, newestFirst[0].time_s ?? 0)));
-  at("decisions-none").hidden = decisions.length > 0;
+function draw() {
+  const totals = cluster.totals ?? {};
+  lanes.mayAct = true;
+  laneEvents.kill = totals.may_kill ? kill : null;
+  at("add-worker").hidden = false;
+  at("lane-hint").hidden = false;
+  at("sessions").replaceChildren(...figures(cluster.sessions ?? {}, totals));
+  lanes.draw(cluster);
+  at("workers-none").hidden = (cluster.workers ?? []).length > 0;
+  decisions.draw(cluster);
+  menu.draw(cluster);
 }
 
 async function turn() {
   let waitMs = EVERY_MS;
   if (!document.hidden) {
     try {
-      draw(await api.request("GET", "v1/cluster"));
+      cluster = await api.request("GET", "v1/cluster");
+      draw();
       at("trouble").hidden = true;
-      at("fresh").textContent = `as of ${new Date().toLocaleTimeString()}`;
+      const away = cluster.totals?.controller === "away" ? "; the controller is away, this is its last picture" : "";
+      at("fresh").textContent = `live, ${new Date().toLocaleTimeString()}${away}`;
     } catch (error) {
-      const { code, message, hint } = /** @type {any} */ (error);
-      const words = explain(code, message, hint);
-      at("trouble").textContent = `${words.title}. ${words.advice}`;
+      at("trouble").textContent = `${wordsFor(error)} Trying again.`;
       at("trouble").hidden = false;
+      at("fresh").textContent = cluster ? "not live: the last picture" : "";
       waitMs = 4 * EVERY_MS;
     }
   }
   window.setTimeout(turn, waitMs);
 }
 
+async function turnHistory() {
+  if (!document.hidden && cluster) {
+    try {
+      const history = await api.request("GET", `v1/admin/history?seconds=${HISTORY_S}`, undefined, { quiet: true });
+      drawLatency(/** @type {any} */ (at("latency-plot")), at("latency-text"), history, HISTORY_S);
+      drawOnTime(/** @type {any} */ (at("ontime-plot")), at("ontime-text"), history, HISTORY_S);
+    } catch {
+      // The other turn says what is wrong.
+    }
+  }
+  window.setTimeout(turnHistory, cluster ? HISTORY_EVERY_MS : EVERY_MS);
+}
+
 api.onKeyNeeded(askForKey);
+at("add-worker").addEventListener("click", addWorker);
 turn();
+turnHistory();

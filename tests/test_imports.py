@@ -10,7 +10,8 @@ CORE = [
     "turboserve.kernels.reference", "turboserve.orchestrator.batching",
     "turboserve.model.interface", "turboserve.model.registry", "turboserve.model.dit", "turboserve.model.noise",
     "turboserve.model.noise_schedule", "turboserve.model.shapes.model", "turboserve.model.shapes.spec",
-    "turboserve.model.shapes.text",
+    "turboserve.model.shapes.text", "turboserve.model.presets", "turboserve.model.vae", "turboserve.model.weights",
+    "turboserve.model.wan.model", "turboserve.model.wan.layout",
     "turboserve.runtime.kv_pool", "turboserve.runtime.session_tensors", "turboserve.runtime.batch",
     "turboserve.runtime.engine", "turboserve.runtime.cost_model", "turboserve.runtime.numerics",
 ]  # fmt: skip

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from turboserve.model.interface import state_bytes
 from turboserve.model.key_maps import vae_from_diffusers
 from turboserve.model.light_decoder import LightDecoder, LightDecoderConfig, MemoryBlock, TimeGrow
-from turboserve.model.vae import VaeConfig, WanVaeDecoder, init_random, to_uint8
+from turboserve.model.random_weights import fill_random
+from turboserve.model.vae import VaeConfig, WanVaeDecoder, to_uint8
 
 TINY = VaeConfig(
     latent_channels=4,
@@ -46,7 +47,7 @@ def reference_vae(config: VaeConfig, seed: int):
         latents_mean=list(config.latent_mean),
         latents_std=list(config.latent_std),
     ).eval()
-    init_random(vae, seed)
+    fill_random(vae, seed)
     return vae
 
 
@@ -78,7 +79,7 @@ def test_streamed_wan_vae_equals_diffusers_on_the_whole_clip():
 
 def test_a_first_frame_leaves_the_doubling_convolutions_untouched():
     ours = WanVaeDecoder(TINY).eval()
-    init_random(ours, 3)
+    fill_random(ours, 3)
     cache = fresh_cache(ours, 2, 2)
     latents = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(4))
     ours.decode(latents[:1], cache, True)
@@ -132,7 +133,7 @@ def parallel(decoder: LightDecoder, latents: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("patch", [1, 2])
 def test_light_decoder_streamed_equals_parallel(patch):
     decoder = LightDecoder(LightDecoderConfig(latent_channels=4, widths=(16, 12, 8, 8), patch=patch)).eval()
-    init_random(decoder, 5)
+    fill_random(decoder, 5)
     latents = torch.randn(6, 4, 5, 3, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         expected = parallel(decoder, latents)

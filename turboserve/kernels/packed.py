@@ -54,6 +54,8 @@ class PackedSegment:
     query_rotation: Rotation
     key_rotation: Rotation | None
     text_kv: Tensor  # [layers, 2, S, H, D]
+    # How many equal keys the last text key stands for: padding, which is attended to, is one key many times.
+    text_pads: int = 1
 
 
 class PackedPass(Protocol):

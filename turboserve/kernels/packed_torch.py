@@ -6,6 +6,7 @@ segment's bits do not depend on its neighbours (docs/design.md, promise P1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,11 +27,19 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention of one session's q [Tq, H, D] over k, v [Tk, H, D]; returns [Tq, H * D]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, last_counts: int = 1) -> Tensor:
+    """Full attention of one session's q [Tq, H, D] over k, v [Tk, H, D]; returns [Tq, H * D].
+
+    The last key counts `last_counts` times: log of that, added to its score, is the same as so many equal keys.
+    """
+    bias = None
+    if last_counts > 1:
+        bias = torch.zeros(len(k), dtype=q.dtype, device=q.device)
+        bias[-1] = math.log(last_counts)
+        bias = bias.expand(1, 1, len(q), -1)
     # The batch axis is there for the fused kernel, which takes four dimensions only.
     q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
+    return F.scaled_dot_product_attention(q, k, v, bias)[0].transpose(0, 1).flatten(1)
 
 
 class TorchKernels:
@@ -118,7 +127,12 @@ class TorchPass:
         return self._split(F.rms_norm(q, q.shape[-1:], weight, self._eps))
 
     def attend_text(self, q: Tensor, layer: int) -> Tensor:
-        return torch.cat([attend(q[one.rows], *one.text_kv[layer].unbind(0)) for one in self._segments])
+        return torch.cat([self._attend_text(one, layer, q) for one in self._segments])
+
+    @staticmethod
+    def _attend_text(segment: PackedSegment, layer: int, q: Tensor) -> Tensor:
+        keys, values = segment.text_kv[layer].unbind(0)
+        return attend(q[segment.rows], keys, values, segment.text_pads)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self._heads, -1))

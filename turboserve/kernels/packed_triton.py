@@ -99,6 +99,8 @@ class TritonPass:
         self._slots = self._attention(
             firsts if self._gathered is None else in_scratch, in_scratch if self._gather_values else firsts, kv_lens
         )
+        if any(one.text_pads > 1 for one in segments):
+            raise ValueError("these kernels weigh all text keys alike; write padding out instead of folding it")
         self._text_base, text_origins = _lowest([one.text_kv for one in segments])
         text_places = np.array(text_origins)
         text_lens = np.array([one.text_kv.shape[2] for one in segments])

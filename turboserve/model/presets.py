@@ -168,7 +168,7 @@ PRESETS = {
             text_dim=32,
             text_tokens=64,
             freq_dim=64,
-            size="64x64",
+            size="32x32",
             latent_frames_max=ABSOLUTE_LATENT_FRAMES_MAX,
             sources=(),
         ),

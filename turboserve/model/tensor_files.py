@@ -6,9 +6,8 @@ A source is one file or one folder (shards with an index, or whatever `*.safeten
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -118,16 +117,6 @@ def _pickled(path: Path) -> CheckpointError:
         expected="safetensors",
         hint=f"turboserve models convert {path} -o {path.with_suffix('.safetensors').name}",
     )
-
-
-def files_digest(paths: Iterable[Path]) -> str:
-    """SHA-256 over the bytes of all files, in order: the identity of weights."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def check_fit(

@@ -81,6 +81,10 @@ class TextEncoder:
     def device(self) -> torch.device:
         return next(self._module.parameters()).device
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The encoder's tensors under transformers' names."""
+        return dict(self._module.state_dict())
+
     def token_ids(self, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(clean(prompt)).ids
         return ids

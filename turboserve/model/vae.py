@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -237,19 +236,3 @@ def _cache_shapes(decoder: Decoder3d, height: int, width: int) -> list[tuple[int
 def to_uint8(pixels: Tensor) -> Tensor:
     """Pixels [n, 3, H, W] in 0..1 to frames uint8 [n, H, W, 3], rounded to the nearest."""
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def init_random(module: nn.Module, seed: int) -> None:
-    """Seeded weights for tests and trials without a checkpoint: variance kept, norms and biases off their defaults."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, one in module.named_parameters():
-            noise = torch.randn(one.shape, generator=generator, dtype=torch.float32)
-            last = name.rsplit(".", 1)[-1]
-            if last == "gamma" or (last == "weight" and one.ndim == 1):
-                value = 1 + 0.1 * noise
-            elif one.ndim > 1:
-                value = noise / cast(int, one[0].numel()) ** 0.5
-            else:
-                value = 0.1 * noise
-            one.copy_(value.to(one.dtype))

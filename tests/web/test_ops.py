@@ -18,6 +18,7 @@ from .conftest import OpenPage, Server
 pytestmark = pytest.mark.browser
 
 A, B, C = "aaaa" + "x" * 22, "bbbb" + "y" * 22, "cccc" + "z" * 22
+EXPLAINED = {"index": 4, "worker": "w0", "total_ms": 9.0, "stages_ms": {"denoise": 9.0}, "decisions": []}
 WAIT_MS = 1000 * PATIENCE_S
 NO_SIDEWAYS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
 
@@ -50,6 +51,7 @@ class FakeCluster:
         self.orders: list[tuple[str, Any]] = []
         self.refusal: dict[str, Any] | None = None
         page.route("**/v1/cluster", self._picture)
+        page.route("**/explain", lambda route: route.fulfill(json=EXPLAINED))
         page.route("**/v1/admin/sessions/**", self._order)
         page.route("**/v1/admin/workers**", self._order)
         page.route("**/v1/admin/workers/**", self._order)

@@ -90,13 +90,13 @@ export class SessionMenu {
     at("session-title").textContent = `Session ${id.slice(0, 4)}`;
     at("session-actions").hidden = !mayAct;
     at("explain").hidden = true;
-    const owner = (cluster.session_list ?? []).find((/** @type {any} */ one) => one.id === id)?.worker;
-    const others = (cluster.workers ?? []).filter((/** @type {any} */ worker) => worker.id !== owner && worker.state === "ready");
+    const row = (cluster.session_list ?? []).find((/** @type {any} */ one) => one.id === id);
+    const others = (cluster.workers ?? []).filter((/** @type {any} */ worker) => worker.id !== row?.worker && worker.state === "ready");
     this.target.replaceChildren(...others.map((/** @type {any} */ worker) => element("option", `to ${worker.id}`, { value: worker.id })));
     this.target.disabled = others.length === 0;
     this.draw(cluster);
     this.dialog.showModal();
-    this.#explain(id);
+    if (row?.next_index > 0) this.#explain(id); // before that there is no chunk to explain
   }
 
   /** Keeps an open menu up to date. @param {any} cluster */

@@ -40,6 +40,14 @@ class Metrics:
             "Receipt of a prompt to the first frames that show it",
             LATENCY_BUCKETS,
         )
+        self.pauses = histogram(
+            "stream_pause_seconds",
+            "A viewer waits while its session moves: from the owner's stop, or the next chunk's release if later, to "
+            "that chunk's frames; by migration, recovery, resume",
+            LATENCY_BUCKETS,
+            "kind",
+        )
+        self.stuck = counter("owners_stuck", "Owners that did not answer a credit or could not give a chunk again")
         self.batch_size = histogram(
             "batch_size", "Segments in the passes of a chunk, mean per chunk", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
         )
@@ -82,6 +90,10 @@ class Metrics:
                 self.on_time_share.set(self._on_time / self._live)
             case "chunk_fenced":
                 self.fenced.inc(value)
+            case "pause_migration" | "pause_recovery" | "pause_resume":
+                self.pauses.labels(name.removeprefix("pause_")).observe(value)
+            case "owner_stuck":
+                self.stuck.inc(value)
             case "session_ended":
                 self.sessions_ended.inc(value)
             case "message_refused":

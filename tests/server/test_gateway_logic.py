@@ -14,7 +14,7 @@ from turboserve.runtime import messages as m
 from turboserve.server.effects import Append, CloseViewer, Deliver, Resolve, ToController, ToViewer, ToWorker
 from turboserve.server.gateway_config import WIDE_QUOTAS, Limits, Quotas
 from turboserve.server.gateway_logic import GatewayLogic, NewSession
-from turboserve.server.log_records import Bound, Opened, replay
+from turboserve.server.log_records import Asked, Bound, Opened, replay
 from turboserve.server.pacing import Pace, StreamClock
 from turboserve.server.session_stream import RING_CHUNKS, StreamShape
 
@@ -38,6 +38,7 @@ class Story(RuleBasedStateMachine):
         self.disk: list = []
         self.durable = 0
         self.epoch = 0
+        self.placed = False
         self.worker_next = 0
         self.worker_digest = ""
         self.out: m.Credit | None = None
@@ -52,6 +53,7 @@ class Story(RuleBasedStateMachine):
         self.acked = 0
         self.deleted = False
         self.logic = self.new_logic()
+        self.logic.controller_connected(self.now_s)
         wish = NewSession(
             sid=SID,
             token="first",
@@ -75,9 +77,7 @@ class Story(RuleBasedStateMachine):
     def new_logic(self) -> GatewayLogic:
         limits = Limits(attach_grace_s=1000.0, slow_close_s=60.0)
         wide = Quotas(sessions=9, creates_per_min=10_000, attaches_per_min=100_000, session_s=1e6)
-        logic = GatewayLogic(limits, WIDE_QUOTAS, wide, lambda: next(self.tokens))
-        logic.controller_connected(self.now_s)
-        return logic
+        return GatewayLogic(limits, WIDE_QUOTAS, wide, lambda: next(self.tokens))
 
     # ---------------------------------------------------------------- what effects mean
 
@@ -116,6 +116,9 @@ class Story(RuleBasedStateMachine):
             self.attached, self.expected_next = self.awaiting
             self.awaiting = None
             self.token = message["token"]
+        if message["type"] == "prompt_accepted":
+            durable = [one for one in self.disk[: self.durable] if isinstance(one, Asked)]
+            assert any(one.version == message["prompt_version"] for one in durable)
 
     def answer_create(self, effects: list) -> None:
         for effect in effects:
@@ -173,7 +176,7 @@ class Story(RuleBasedStateMachine):
         self.released_behind()
         self.take(effects)
         self.answer_create(effects)
-        if self.epoch == 0 and not self.session.adrift:
+        if not self.placed:
             self.place()
 
     def released_behind(self) -> None:
@@ -221,10 +224,10 @@ class Story(RuleBasedStateMachine):
         if passed:
             assert not good
         if good:
-            accepted = next(
-                one.message for one in effects if isinstance(one, ToViewer) and one.message["type"] == "prompt_accepted"
-            )
-            assert accepted["from_index"] >= self.session.bound
+            told = [one for one in effects if isinstance(one, ToViewer) and one.message["type"] == "prompt_accepted"]
+            assert not told, "an answer before the prompt is durable"
+            accepted = next(one.record for one in effects if isinstance(one, Append) and isinstance(one.record, Asked))
+            assert accepted.from_index >= self.session.bound
         self.take(effects)
 
     @precondition(alive)
@@ -237,9 +240,9 @@ class Story(RuleBasedStateMachine):
     def chunk_arrives(self, times: int) -> None:
         """Once, twice, or made and not sent: it may come when another worker owns the session."""
         credit, self.out = self.out, None
-        if credit.epoch != self.epoch or credit.chunk_index != self.worker_next:
+        if credit.epoch != self.epoch or credit.chunk_index > self.worker_next:
             return
-        ready = m.ChunkReady(
+        ready = self.made.get(credit.chunk_index) or m.ChunkReady(
             session_id=SID,
             epoch=credit.epoch,
             chunk_index=credit.chunk_index,
@@ -249,7 +252,9 @@ class Story(RuleBasedStateMachine):
             steps=credit.steps,
             prompt_version=credit.prompt_version,
         )
-        self.worker_digest, self.worker_next = ready.digest, credit.chunk_index + 1
+        if credit.chunk_index == self.worker_next:
+            self.worker_digest, self.worker_next = ready.digest, credit.chunk_index + 1
+        self.made[credit.chunk_index] = ready
         self.stale.append(ready)
         for _ in range(times):
             effects = self.logic.chunk(ready, None, self.now_s)
@@ -275,7 +280,7 @@ class Story(RuleBasedStateMachine):
         self.take(self.logic.chunk(old, None, self.now_s))
         assert self.session.next_index == before, "a chunk of an old epoch, or one that was there, was accepted"
 
-    @precondition(lambda self: not self.ended and not self.session.adrift)
+    @precondition(alive)
     @rule()
     def worker_lost(self) -> None:
         """Another worker makes the session again from its inputs."""
@@ -283,7 +288,8 @@ class Story(RuleBasedStateMachine):
 
     def place(self) -> None:
         self.epoch += 1
-        self.worker_next, self.worker_digest, self.out = 0, "", None
+        self.placed = True
+        self.worker_next, self.worker_digest, self.out, self.made = 0, "", None, {}
         placed = m.SessionPlaced(session_id=SID, epoch=self.epoch, worker_id="w0", numerics_id="n", next_index=0)
         self.take(self.logic.from_controller(placed, self.now_s))
 
@@ -294,15 +300,20 @@ class Story(RuleBasedStateMachine):
         self.disk = self.disk[: self.durable]
         logged = replay(self.disk)
         self.base, self.attached, self.awaiting, self.out, self.first = self.durable, None, None, None, None
-        self.epoch, self.stale = 0, []
+        self.stale, self.placed = [], False
         self.logic = self.new_logic()
         # An ack may have been lost with the gateway's memory; the viewer asks the server where it stands.
         self.acked = logged[SID].delivered
         self.logic.outbox.take()
         self.take(self.logic.restore([(logged[SID], SHAPE, CLOCK)], self.now_s, 0.0))
+        effects = self.logic.controller_connected(self.now_s)
+        self.take(effects)
+        asked = [one.message for one in effects if isinstance(one, ToController)]
+        assert any(isinstance(one, m.CreateSession) and one.adopt for one in asked), "nobody was asked to adopt it"
+        self.answer_create(effects)
         # Tokens not yet on disk were not given out; the newest one that was is valid.
 
-    @precondition(lambda self: not self.ended and not self.session.adrift)
+    @precondition(alive)
     @rule(chance=st.integers(0, 9))
     def end(self, chance: int) -> None:
         if chance == 0:
@@ -364,7 +375,7 @@ class Story(RuleBasedStateMachine):
             for _ in range(200):
                 if self.session.next_index >= goal:
                     return
-                if self.epoch == 0:
+                if not self.placed:
                     self.place()
                 self.commit()
                 if self.out is not None:

@@ -249,6 +249,11 @@ class ControllerLogic(ControllerBooks):
     def _on_CreateSession(self, source: str, asked: m.CreateSession, now_s: float) -> None:
         if self._answered(asked.op_id):
             return
+        if asked.adopt and asked.session_id in self.sessions:
+            state = public_state(self.sessions[asked.session_id].record.state)
+            position = self._queue_position(asked.session_id)
+            self._answer(asked.op_id, state=state.value, queue_position=position)
+            return
         if asked.session_id in self.sessions:
             self._answer(asked.op_id, code="conflict", message="this session exists already")
             return
@@ -264,6 +269,7 @@ class ControllerLogic(ControllerBooks):
             width=asked.width,
             height=asked.height,
             steps=asked.steps,
+            epoch=asked.epoch,
         )
         self._store.insert(record)
         row = views.add_session(
@@ -299,6 +305,16 @@ class ControllerLogic(ControllerBooks):
                 self._forget(live, SessionState.CLOSED)
             self._tick(now_s)
         self._answer(asked.op_id, state="closed")
+
+    def _on_SessionStuck(self, source: str, stuck: m.SessionStuck, now_s: float) -> None:
+        live = self.sessions.get(stuck.session_id)
+        if live is None or live.record.epoch != stuck.epoch or live.record.owner is None:
+            return
+        if live.record.state in (SessionState.RUNNING, SessionState.STALLED):
+            owner = live.record.owner
+            self._out.append(Send(owner, m.CloseSession(session_id=stuck.session_id, epoch=stuck.epoch)))
+            self._fail(live, "worker_failed", f"chunk {stuck.next_index}: its owner is {stuck.code}")
+            self._tick(now_s)
 
     def _on_SessionActivity(self, source: str, seen: m.SessionActivity, now_s: float) -> None:
         live = self.sessions.get(seen.session_id)

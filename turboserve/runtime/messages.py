@@ -348,13 +348,27 @@ class CreateSession(Message, frozen=True, kw_only=True):
     next_index: Count = 0
     prompt_version: Count = 1
     adopt: bool = False
-    """From a gateway that restarted: a session the controller knows is kept as it is, not a conflict."""
+    """Said at every connect: a session the controller knows is kept as it is, not a conflict; one it does not know is
+    opened anew, and the gateway gives the credits of its log again."""
+    epoch: Count = 0
+    """The newest epoch the gateway has seen; a record that is made anew begins above it."""
 
 
 class EndSession(Message, frozen=True, kw_only=True):
     op_id: Count
     session_id: SessionId
     reason: ShortText
+
+
+class SessionStuck(Message, frozen=True, kw_only=True):
+    """The owner cannot give chunk `next_index`: "silent", its credit was sent often and is not answered; or "ahead",
+    the owner is past it and has not kept it. The controller gives the session to an owner under a new epoch that goes
+    on from the recovery point ("silent") or begins anew ("ahead")."""
+
+    session_id: SessionId
+    epoch: Count
+    next_index: Count
+    code: ShortText
 
 
 class SessionActivity(Message, frozen=True, kw_only=True):
@@ -502,6 +516,7 @@ AnyMessage = (
     | GatewayHello
     | CreateSession
     | EndSession
+    | SessionStuck
     | SessionActivity
     | AdminCommand
     | OpDone

@@ -227,10 +227,12 @@ class Gateway:
     def attach(self, connection: int, sid: str, token: str, next_index: int, format: str | None, pace: Any) -> None:
         self.apply(self.logic.attach(connection, sid, token, next_index, format, pace, self.now()))
 
-    def act(self, connection: int, sid: str, act: Callable[[SessionStream, float], None]) -> bool:
+    def act(
+        self, connection: int, sid: str, act: Callable[[SessionStream, float], None], event_id: str | None = None
+    ) -> bool:
         """A message of an attached viewer; False when it was answered with an error."""
         now_s = self.now()
-        good, effects = self.logic.viewer(connection, sid, lambda session: act(session, now_s), now_s)
+        good, effects = self.logic.viewer(connection, sid, lambda session: act(session, now_s), now_s, event_id)
         self.apply(effects)
         return good
 

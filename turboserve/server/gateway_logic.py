@@ -10,7 +10,7 @@ import heapq
 import json
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from turboserve.errors import (
@@ -22,21 +22,20 @@ from turboserve.errors import (
 )
 from turboserve.runtime import messages
 from turboserve.server.attach_tokens import AttachTokens, token_hash
-from turboserve.server.effects import CloseViewer, Effect, Measure, Resolve, ToController, ToViewer
+from turboserve.server.effects import CloseViewer, Effect, Measure, Resolve, ToViewer
 from turboserve.server.gateway_config import Limits, Quotas
 from turboserve.server.gateway_records import (
     NOT_ATTACHED,
     NewSession,
-    Operation,
     Worker,
     create_message,
     end_message,
     error_message,
-    error_of,
     opened_record,
     wish_of,
 )
 from turboserve.server.log_records import LoggedSession
+from turboserve.server.operations import Operation, Operations
 from turboserve.server.outbox import Outbox
 from turboserve.server.pacing import Pace, StreamClock
 from turboserve.server.prompt_line import PromptLine
@@ -44,8 +43,8 @@ from turboserve.server.rates import Rates
 from turboserve.server.session_stream import SessionStream, StreamShape
 from turboserve.session import PublicState
 
-OP_TIMEOUT_S = 10.0
-RETRY_S = 0.2
+RETRY_S = 1.0
+"""Before a controller that has no room is asked again to take in a session that exists."""
 
 
 @dataclass(slots=True)
@@ -63,14 +62,19 @@ class GatewayLogic:
     outbox: Outbox = field(default_factory=Outbox)
     cluster: dict[str, Any] = field(default_factory=dict)
     draining: bool = False
-    _operations: dict[int, Operation] = field(default_factory=dict)
-    _op_count: int = 0
+    operations: Operations = field(init=False)
     _wakes: list[tuple[float, str]] = field(default_factory=list)
     _ended: deque[tuple[float, str]] = field(default_factory=deque)
     _creates: Rates = field(default_factory=Rates)
     _attaches: Rates = field(default_factory=Rates)
     _live: dict[str, int] = field(default_factory=dict)
     _retries: deque[tuple[float, str]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.operations = Operations(self.gateway_epoch, self.outbox, self._wake)
+
+    def _wake(self, at_s: float) -> None:
+        heapq.heappush(self._wakes, (at_s, ""))
 
     # ------------------------------------------------------------------ the HTTP side
 
@@ -102,9 +106,8 @@ class GatewayLogic:
         session = self._stream(wish, quota, now_s)
         self.sessions[wish.sid] = session
         self._live[wish.tenant] = live + 1
-        op_id = self._operate(create_message(wish), now_s, wish.sid)
-        self._operations[op_id].needs_durable = True
-        self.outbox.append(opened_record(wish), lambda later_s: self._opened_durably(op_id))
+        op_id = self.operations.start(create_message(wish), now_s, wish.sid, needs_durable=True)
+        self.outbox.append(opened_record(wish), lambda later_s: self.operations.durable(op_id))
         return op_id, self._finish(session, now_s)
 
     def _stream(self, wish: NewSession, quota: Quotas, now_s: float) -> SessionStream:
@@ -125,26 +128,12 @@ class GatewayLogic:
             grace_s=self.limits.attach_grace_s,
             slow_close_s=self.limits.slow_close_s,
             session_s=quota.session_s,
+            wish=replace(wish, token=""),
         )
-
-    def _operate(self, build: Callable[[int], messages.Message], now_s: float, sid: str = "") -> int:
-        self._op_count += 1
-        op_id = (self.gateway_epoch << 32) + self._op_count
-        message = build(op_id)
-        self._operations[op_id] = Operation(message, now_s + OP_TIMEOUT_S, sid)
-        heapq.heappush(self._wakes, (now_s + OP_TIMEOUT_S, ""))
-        self.outbox.put(ToController(message))
-        return op_id
-
-    def _opened_durably(self, op_id: int) -> None:
-        operation = self._operations.get(op_id)
-        if operation is not None:
-            operation.needs_durable = False
-            self._answer(op_id, operation)
 
     def command(self, kind: str, now_s: float, **fields: Any) -> tuple[int, list[Effect]]:
         """An operator's wish to the controller."""
-        op_id = self._operate(lambda op: messages.AdminCommand(op_id=op, kind=kind, **fields), now_s)
+        op_id = self.operations.start(lambda op: messages.AdminCommand(op_id=op, kind=kind, **fields), now_s)
         return op_id, self.outbox.take()
 
     def find(self, sid: str, tenant: str | None) -> SessionStream:
@@ -185,9 +174,6 @@ class GatewayLogic:
             session.attach(connection, token, next_index, format, pace, self.new_token(), now_s)
         except IndexOutOfRange as error:
             self.outbox.put(ToViewer(connection, error_message(error)))
-        if session.viewer is not None and session.adrift and not session.called_back:
-            session.called_back = True
-            self._operate(create_message(session.wish), now_s, sid)
         return self._finish(session, now_s)
 
     def _attach_quota(self, session: SessionStream) -> int:
@@ -195,17 +181,23 @@ class GatewayLogic:
         return self.quota(wide).attaches_per_min
 
     def viewer(
-        self, connection: int, sid: str, act: Callable[[SessionStream], None], now_s: float
+        self,
+        connection: int,
+        sid: str,
+        act: Callable[[SessionStream], None],
+        now_s: float,
+        event_id: str | None = None,
     ) -> tuple[bool, list[Effect]]:
         """A viewer's message other than attach; a typed error goes back to it. False when it was an error."""
         session = self.sessions.get(sid)
         if session is None or session.viewer is None or session.viewer.connection != connection:
-            return False, [ToViewer(connection, NOT_ATTACHED)]
+            refusal = NOT_ATTACHED if event_id is None else {**NOT_ATTACHED, "event_id": event_id}
+            return False, [ToViewer(connection, refusal)]
         try:
             act(session)
             good = True
         except TurboServeError as error:
-            self.outbox.put(ToViewer(connection, error_message(error)))
+            self.outbox.put(ToViewer(connection, error_message(error, event_id)))
             good = False
         return good, self._finish(session, now_s)
 
@@ -219,26 +211,32 @@ class GatewayLogic:
     # ------------------------------------------------------------------ the controller's side
 
     def controller_connected(self, now_s: float) -> list[Effect]:
-        """The channel is there (again): repeat what may not have arrived."""
+        """The channel is there (again): repeat what may not have arrived, and say which sessions there are. One that
+        the controller does not know (its end was told while the channel was down, say) begins anew there."""
         self.controller_up = True
-        for operation in self._operations.values():
-            if operation.done is None:
-                self.outbox.put(ToController(operation.message))
+        self.operations.send_again()
         for session in self.sessions.values():
             if session.ended_s is None:
+                self._adopt(session, now_s)
                 session.reported = None
                 session.pump(now_s)
-        return self.outbox.take()
+        return self._take(now_s)
+
+    def _adopt(self, session: SessionStream, now_s: float) -> None:
+        if self.operations.pending(session.sid, messages.CreateSession):
+            return
+        wish = replace(session.wish, steps=session.steps)
+        build = create_message(wish, adopt=True, next_index=session.next_index, epoch=session.epoch)
+        self.operations.start(build, now_s, session.sid, lasts=True)
 
     def let_go(self, now_s: float) -> list[Effect]:
         """This gateway stops. Workers need not hold what its log can make again, so they end at once."""
         self.draining = True
         for session in self.sessions.values():
-            if session.ended_s is None and not session.adrift:
-                session.lose()
-                session.adrift = True
-                self._operate(end_message(session.sid, "gateway_stops"), now_s)
-        return self.outbox.take()
+            if session.ended_s is None:
+                session.lose(now_s)
+                self.operations.start(end_message(session.sid, "gateway_stops"), now_s, session.sid, lasts=True)
+        return self._take(now_s)
 
     def controller_lost(self) -> list[Effect]:
         self.controller_up = False
@@ -248,14 +246,8 @@ class GatewayLogic:
         match message:
             case messages.OpDone():
                 self._done(message, now_s)
-            case messages.SessionPlaced():
-                if session := self.sessions.get(message.session_id):
-                    session.placed(message, now_s)
-                    return self._finish(session, now_s)
-            case messages.SessionState():
-                if session := self.sessions.get(message.session_id):
-                    session.changed(message, now_s)
-                    return self._finish(session, now_s)
+            case messages.SessionPlaced() | messages.SessionState():
+                return self._about_session(message, now_s)
             case messages.WorkerChanged():
                 return self._worker_changed(message, now_s)
             case messages.SetSteps():
@@ -265,7 +257,7 @@ class GatewayLogic:
                 self._picture(json.loads(message.body))
             case _:
                 self.outbox.put(Measure("message_refused"))
-        return self.outbox.take()
+        return self._take(now_s)
 
     def _picture(self, cluster: dict[str, Any]) -> None:
         """A new picture of the cluster; each session keeps the decisions about it, for `explain`."""
@@ -276,33 +268,45 @@ class GatewayLogic:
                 session.times.decided(one)
         self.cluster = cluster
 
+    def _about_session(self, message: messages.SessionPlaced | messages.SessionState, now_s: float) -> list[Effect]:
+        if self.draining:
+            return self.outbox.take()  # what becomes of our sessions now is for the gateway that reads our log
+        session = self.sessions.get(message.session_id)
+        if session is None:
+            self._end_orphan(message, now_s)
+            return self._take(now_s)
+        if isinstance(message, messages.SessionPlaced):
+            session.placed(message, now_s)
+        else:
+            session.changed(message, now_s)
+        return self._finish(session, now_s)
+
+    def _end_orphan(self, message: messages.SessionPlaced | messages.SessionState, now_s: float) -> None:
+        """The controller holds a session that is not in our log: its end was lost with an earlier gateway."""
+        ended = isinstance(message, messages.SessionState) and message.state in _ENDED
+        if not ended and not self.operations.pending(message.session_id, messages.EndSession):
+            build = end_message(message.session_id, "unknown_to_gateway")
+            self.operations.start(build, now_s, message.session_id, lasts=True)
+
     def _done(self, message: messages.OpDone, now_s: float) -> None:
-        operation = self._operations.get(message.op_id)
-        if operation is None or operation.done is not None:
+        operation = self.operations.answered(message)
+        if operation is None or not isinstance(operation.message, messages.CreateSession):
             return
-        operation.done = message
         session = self.sessions.get(operation.sid)
-        if session is not None and session.adrift and message.code == "conflict":
-            # The controller is still letting go of the session's earlier life.
-            del self._operations[message.op_id]
-            self._retries.append((now_s + RETRY_S, operation.sid))
-            heapq.heappush(self._wakes, (now_s + RETRY_S, ""))
+        if session is None or session.ended_s is not None:
             return
-        if session is not None and not message.code and session.ended_s is None and not session.owned:
-            session.adrift = False
-            session.state = message.state or session.state
-            session.queue_position = message.queue_position
-        self._answer(message.op_id, operation)
-        if message.code and session is not None:
+        if not message.code:
+            if not session.owned:
+                session.state = message.state or session.state
+                session.queue_position = message.queue_position
+                session.pump(now_s)
+                self._schedule(session)
+        elif operation.message.adopt and message.code == "overloaded":
+            self._retries.append((now_s + RETRY_S, operation.sid))
+            self._wake(now_s + RETRY_S)
+        else:
             session.end(message.code, 1000, now_s)
             self._finish_ended(now_s)
-
-    def _answer(self, op_id: int, operation: Operation) -> None:
-        done = operation.done
-        if done is None or operation.needs_durable:
-            return
-        del self._operations[op_id]
-        self.outbox.put(Resolve(op_id, error_of(done) if done.code else done))
 
     def _worker_changed(self, message: messages.WorkerChanged, now_s: float) -> list[Effect]:
         known = self.workers.get(message.worker_id)
@@ -313,10 +317,9 @@ class GatewayLogic:
         if message.state == "lost":
             for session in self.sessions.values():
                 if session.owned and session.worker_id == message.worker_id:
-                    session.lose()
-                    session.state = PublicState.RECOVERING.value
+                    session.lose(now_s)
                     session.pump(now_s)
-        return self.outbox.take()
+        return self._take(now_s)
 
     # ------------------------------------------------------------------ the worker's side
 
@@ -325,13 +328,13 @@ class GatewayLogic:
         for session in self.sessions.values():
             if session.owned and session.worker_id == worker_id:
                 session.send_again(now_s)
-        return self.outbox.take()
+        return self._take(now_s)
 
     def chunk(self, message: messages.ChunkReady, pixels: Any, now_s: float) -> list[Effect]:
         session = self.sessions.get(message.session_id)
         if session is None:
             self.outbox.put(Measure("chunk_fenced"))
-            return self.outbox.take()
+            return self._take(now_s)
         try:
             session.chunk(message, pixels, now_s)
         except TurboServeError as error:
@@ -357,8 +360,7 @@ class GatewayLogic:
 
     def durable(self, count: int, now_s: float) -> list[Effect]:
         self.outbox.durable(count, now_s)
-        self._finish_ended(now_s)
-        return self.outbox.take()
+        return self._take(now_s)
 
     def wake_s(self) -> float | None:
         return self._wakes[0][0] if self._wakes else None
@@ -377,29 +379,32 @@ class GatewayLogic:
             len(self._ended) > self.limits.ended_kept or self._ended[0][0] + self.limits.ended_kept_s <= now_s
         ):
             self.sessions.pop(self._ended.popleft()[1], None)
-        self._finish_ended(now_s)
-        return self.outbox.take()
+        return self._take(now_s)
 
     def _expire_operations(self, now_s: float) -> None:
         while self._retries and self._retries[0][0] <= now_s:
             session = self.sessions.get(self._retries.popleft()[1])
-            if session is not None and session.ended_s is None and session.wish is not None:
-                self._operate(create_message(session.wish), now_s, session.sid)
-        for op_id, operation in list(self._operations.items()):
-            if operation.deadline_s > now_s:
-                continue
-            del self._operations[op_id]
-            if isinstance(operation.message, messages.EndSession):
-                continue
+            if session is not None and session.ended_s is None:
+                self._adopt(session, now_s)
+        for operation in self.operations.expired(now_s):
             error = Overloaded("the controller does not answer", hint="try again in a moment", retry_after_s=2.0)
-            self.outbox.put(Resolve(op_id, error))
-            session = self.sessions.get(operation.sid)
-            if session is not None:
-                session.end("not_placed", 1000, now_s)
+            self.outbox.put(Resolve(operation.op_id, error))
+            self._give_up(operation, now_s)
+
+    def _give_up(self, operation: Operation, now_s: float) -> None:
+        session = self.sessions.get(operation.sid)
+        if session is not None and isinstance(operation.message, messages.CreateSession):
+            session.end("not_placed", 1000, now_s)
 
     def _finish(self, session: SessionStream, now_s: float) -> list[Effect]:
-        self._finish_ended(now_s)
         self._schedule(session)
+        return self._take(now_s)
+
+    def _take(self, now_s: float) -> list[Effect]:
+        """The effects of an event, once ended sessions are let go and changed ones will be looked at in time."""
+        self._finish_ended(now_s)
+        for session in self.outbox.take_waiting():
+            self._schedule(session)
         return self.outbox.take()
 
     def _schedule(self, session: SessionStream) -> None:
@@ -415,32 +420,29 @@ class GatewayLogic:
             session = self.sessions[sid]
             self._live[session.tenant] = max(0, self._live.get(session.tenant, 0) - 1)
             self._ended.append((now_s, sid))
-            self._operate(end_message(sid, reason), now_s)
+            self.operations.start(end_message(sid, reason), now_s, sid, lasts=True)
             self._attaches.forget(sid)
             self.outbox.put(Measure("session_ended"))
 
     def restore(
         self, logged: Iterable[tuple[LoggedSession, StreamShape, StreamClock]], now_s: float, now_unix_s: float
     ) -> list[Effect]:
-        """Sessions of an earlier gateway: detached, to be placed again and made again up to where they were."""
+        """Sessions of an earlier gateway: detached; their owners go on with them, or begin anew, once the controller
+        is there. Nothing is said before that: `controller_connected` says it."""
         for one, shape, clock in logged:
             opened = one.opened
             quota = self.quota(opened.wide)
             wish = wish_of(one, shape, clock)
             session = self._stream(wish, quota, now_s - max(0.0, now_unix_s - opened.created_unix_s))
             session.tokens = AttachTokens(one.token_hash, one.token_hash_prev)
-            session.prompts = PromptLine(
-                inputs=list(one.inputs) or session.prompts.inputs, steps=list(one.steps) or session.prompts.steps
-            )
-            session.prompts.newest_version = session.prompts.inputs[-1][1]
+            session.prompts = PromptLine.restored(one)
             session.bound = session.durable = session.restored = one.bound
-            session.delivered = session.next_index = one.delivered
+            session.delivered = session.next_index = session.sent = one.delivered
             session.digest = one.digest
             session.first_attach_s = session.detached_s = now_s
-            session.adrift, session.wish = True, wish
+            session.state = PublicState.RECOVERING.value
             self.sessions[opened.sid] = session
             self._live[opened.tenant] = self._live.get(opened.tenant, 0) + 1
-            self._operate(end_message(opened.sid, "gateway_restarted"), now_s)
             self._schedule(session)
         return self.outbox.take()
 
@@ -472,5 +474,7 @@ class GatewayLogic:
 def _decision_key(decision: dict[str, Any]) -> tuple[Any, ...]:
     return decision.get("time_s"), decision.get("event"), decision.get("session"), decision.get("worker")
 
+
+_ENDED = (PublicState.CLOSED.value, PublicState.FAILED.value)
 
 __all__ = ["GatewayLogic", "NewSession", "error_message"]

@@ -44,19 +44,9 @@ class Worker:
     reason: str = ""
 
 
-@dataclass(slots=True)
-class Operation:
-    """Something the HTTP side waits for. `message` is sent again when the controller comes back."""
-
-    message: messages.Message
-    deadline_s: float
-    sid: str = ""
-    done: messages.OpDone | None = None
-    needs_durable: bool = False
-    answered: bool = False
-
-
-def create_message(wish: NewSession) -> Callable[[int], messages.Message]:
+def create_message(
+    wish: NewSession, *, adopt: bool = False, next_index: int = 0, epoch: int = 0
+) -> Callable[[int], messages.Message]:
     """The controller's order for a session, once its operation id is known."""
     return lambda op_id: messages.CreateSession(
         op_id=op_id,
@@ -71,6 +61,9 @@ def create_message(wish: NewSession) -> Callable[[int], messages.Message]:
         prompt=wish.prompt,
         prompt_switch=wish.prompt_switch,
         allow_reduced_steps=wish.allow_reduced_steps,
+        next_index=next_index,
+        adopt=adopt,
+        epoch=epoch,
     )
 
 
@@ -121,9 +114,11 @@ def opened_record(wish: NewSession) -> Opened:
     )
 
 
-def error_message(error: TurboServeError) -> dict[str, Any]:
-    """An error as the viewer sees it."""
+def error_message(error: TurboServeError, event_id: str | None = None) -> dict[str, Any]:
+    """An error as the viewer sees it, with the event_id of the message it answers."""
     message: dict[str, Any] = {"type": "error", "code": error.code, "message": error.message}
+    if event_id is not None:
+        message["event_id"] = event_id
     if error.expected:
         message["expected"] = error.expected
     if error.hint:

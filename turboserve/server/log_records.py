@@ -58,6 +58,20 @@ class Bound(Record, kw_only=True, frozen=True):
     prompt: str | None = None
 
 
+class Asked(Record, kw_only=True, frozen=True):
+    """A prompt was accepted for chunk `from_index` at the earliest. Durable before the viewer is told so.
+
+    `asked_index` is what the viewer named, None for "the next one"; with `event_id` and `prompt` it tells a repeated
+    message from another one.
+    """
+
+    version: int
+    from_index: int
+    prompt: str
+    event_id: str | None = None
+    asked_index: int | None = None
+
+
 class Frontier(Record, kw_only=True, frozen=True):
     """The viewer holds everything below `delivered`; `digest` is the chain's value there."""
 
@@ -72,7 +86,12 @@ class Ended(Record, kw_only=True, frozen=True):
     failed: bool = False
 
 
-AnyRecord = Opened | Rotated | Bound | Frontier | Ended
+AnyRecord = Opened | Rotated | Bound | Asked | Frontier | Ended
+
+EVENT_IDS_KEPT = 64
+"""Prompts whose event_id is remembered, so that a repeated one gets its first answer."""
+ASKED_KEPT = 128
+"""More than that are never kept of a session: the newest, and what still waits (at most 16)."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyRecord)
@@ -102,6 +121,24 @@ class LoggedSession:
     digest: str = ""
     inputs: list[tuple[int, int, str]] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+
+    def waiting(self) -> list[Asked]:
+        """Prompts that no chunk was bound to yet; a newer one supersedes what waits for its index or a later one."""
+        newest_bound = self.inputs[-1][1] if self.inputs else 1
+        waiting: list[Asked] = []
+        for one in self.asked:
+            if one.version > newest_bound:
+                waiting = [before for before in waiting if before.from_index < one.from_index] + [one]
+        return waiting
+
+    def _ask(self, record: Asked) -> None:
+        if self.asked and record.version <= self.asked[-1].version:
+            return  # repeated
+        self.asked.append(record)
+        if len(self.asked) > ASKED_KEPT:
+            waiting = self.waiting()
+            self.asked = [one for one in self.asked[:-EVENT_IDS_KEPT] if one in waiting] + self.asked[-EVENT_IDS_KEPT:]
 
     def as_records(self) -> list[AnyRecord]:
         """The fewest records that tell the same; a start-up writes them into a fresh log."""
@@ -121,6 +158,7 @@ class LoggedSession:
             records.append(Bound(sid=sid, index=index, steps=steps, version=version, prompt=prompt))
         if self.delivered:
             records.append(Frontier(sid=sid, delivered=self.delivered, digest=self.digest))
+        records.extend(self.asked)
         return records
 
 
@@ -149,6 +187,8 @@ def follow(live: dict[str, LoggedSession], record: Record) -> None:
                 session.inputs.append((record.index, record.version, record.prompt))
             if not session.steps or session.steps[-1][1] != record.steps:
                 session.steps.append((record.index, record.steps))
+        case Asked():
+            session._ask(record)
         case Frontier():
             session.delivered, session.digest = record.delivered, record.digest
         case Ended():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from turboserve.server.effects import Append, Effect
 from turboserve.server.log_records import Record
@@ -19,6 +20,7 @@ class Outbox:
         self._appended = 0
         self._waiting: deque[tuple[int, Continuation]] = deque()
         self.ended_sessions: list[tuple[str, str]] = []
+        self._waking: list[Any] = []
 
     def put(self, effect: Effect) -> None:
         self._effects.append(effect)
@@ -34,6 +36,15 @@ class Outbox:
         """The first `count` records are on disk."""
         while self._waiting and self._waiting[0][0] <= count:
             self._waiting.popleft()[1](now_s)
+
+    def wakes(self, session: Any) -> None:
+        """Something of the session is due at another time than before."""
+        self._waking.append(session)
+
+    def take_waiting(self) -> list[Any]:
+        """Sessions whose next time to wake is to be looked up."""
+        waking, self._waking = self._waking, []
+        return waking
 
     def ended(self, sid: str, reason: str) -> None:
         self.ended_sessions.append((sid, reason))

@@ -145,7 +145,7 @@ def standing(gateway: Gateway, session: SessionStream) -> dict[str, Any]:
         "next_index": session.next_index,
         "delivered": session.delivered,
         "prompt_version": session.prompts.at(max(0, session.next_index - 1))[0],
-        "bytes": {"device": session_bytes(gateway, session), "host": 0, "disk": 0},
+        "bytes": session_bytes(gateway, session),
         "attached": session.viewer is not None,
         "paused": session.paused,
         "on_time_share": round(counts.on_time / live, 4) if live else None,
@@ -159,14 +159,15 @@ def standing(gateway: Gateway, session: SessionStream) -> dict[str, Any]:
     return answer
 
 
-def session_bytes(gateway: Gateway, session: SessionStream) -> int:
-    """Device bytes the owner holds for the session: its worker's bytes, shared evenly by the sessions it holds."""
-    if not session.owned:
-        return 0
-    for worker in gateway.logic.cluster.get("workers", ()):
-        if worker.get("id") == session.worker_id and worker.get("resident"):
-            return int(worker.get("session_bytes") or worker.get("device_bytes", 0) // worker["resident"])
-    return 0
+def session_bytes(gateway: Gateway, session: SessionStream) -> dict[str, int]:
+    """Bytes held for the session, as the controller said last. Where it says none of the device, an owner's bytes are
+    shared evenly by the sessions it holds."""
+    device = session.device_bytes
+    if session.owned and not device:
+        for worker in gateway.logic.cluster.get("workers", ()):
+            if worker.get("id") == session.worker_id and worker.get("resident"):
+                device = int(worker.get("session_bytes") or worker.get("device_bytes", 0) // worker["resident"])
+    return {"device": device, "host": session.host_bytes, "disk": session.disk_bytes}
 
 
 @router.get("/v1/sessions")
@@ -254,6 +255,7 @@ def card_of(session: SessionStream) -> Card:
         steps=tuple(StepsRun(first, number) for first, number in steps),
         chunk_count=count,
         digest=session.digest,
+        digests=session.digests.all(count),
         numerics_id=session.numerics_id,
         prompt_switch=session.prompt_switch,
     )

@@ -14,105 +14,46 @@ that were accepted before are made again and dropped.
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from turboserve.errors import CorruptState
 from turboserve.runtime import messages
-from turboserve.server.attach_tokens import AttachTokens
-from turboserve.server.chunk_times import ChunkTimes
-from turboserve.server.effects import Deliver, Measure, ToController, ToViewer, ToWorker
+from turboserve.server.effects import Deliver, Measure, ToController, ToWorker
 from turboserve.server.log_records import Bound
-from turboserve.server.outbox import Outbox
-from turboserve.server.pacing import Pace, Period, StreamClock
-from turboserve.server.prompt_line import PromptLine
-from turboserve.server.stream_shape import Begun, Counts, StoredChunk, StreamShape, Viewer
+from turboserve.server.pacing import Pace, Period
+from turboserve.server.session_facts import IDLE_REPORT_S, RING_CHUNKS, SessionFacts
+from turboserve.server.stream_shape import Begun, Pause, StoredChunk
 from turboserve.session import PublicState
 
-RING_CHUNKS = 4
-"""Chunks that may stand unacked; generation waits for an ack when all of them do."""
-IDLE_REPORT_S = 1.0
-"""A viewer that lags shorter than this is still active to the controller."""
+__all__ = ["IDLE_REPORT_S", "RING_CHUNKS", "SessionCredits"]
+
 REFUSALS_MAX = 8
+PAUSES = {"recovering": "recovery", "queued": "recovery", "suspended": "resume"}
+"""What a pause is called by the session's state when it begins."""
+RESENDS_MAX = 12
+"""A credit is sent again this often, two chunk times apart, before the controller is told that its owner is silent."""
+RESEND_MIN_S = 1.0
+OWNER_STOPPED = frozenset({"moving", "not_found", "stale_epoch", "session_poisoned"})
+"""Refusals of an owner that makes no chunk under this epoch any more; the controller says who does."""
 
 
 @dataclass(slots=True, kw_only=True)
-class SessionCredits:
-    """All that is known of one session, and its worker's side. Every method takes the time; effects go to `outbox`."""
-
-    sid: str
-    tenant: str
-    shape: StreamShape
-    clock: StreamClock
-    seed: int
-    format: str
-    prompt_switch: str
-    max_chunks: int | None
-    tokens: AttachTokens
-    prompts: PromptLine
-    outbox: Outbox
-    created_s: float
-    steps: int
-    grace_s: float
-    slow_close_s: float
-    session_s: float
-
-    bound: int = 0
-    durable: int = 0
-    sent: int = 0
-    next_index: int = 0
-    delivered: int = 0
-    restored: int = 0
-    """After a gateway restart: chunks up to here were begun before it and may be in the viewer's hands."""
-    digest: str = ""
-    ring: deque[StoredChunk] = field(default_factory=deque)
-    begun: Begun | None = None
-    in_flight: bool = False
-
-    state: str = PublicState.QUEUED.value
-    owned: bool = False
-    epoch: int = 0
-    worker_id: str = ""
-    numerics_id: str = ""
-    queue_position: int = -1
-    resident_bytes: int = 0
-
-    viewer: Viewer | None = None
-    detached_s: float = 0.0
-    period: Period | None = None
-    pace: Pace = Pace.LIVE
-    paused: bool = False
-    full_s: float | None = None
-    """Since when the viewer has as many unacked chunks as it may."""
-    refusals: int = 0
-    reported: tuple[bool, bool] | None = None
-    shown: tuple[Any, ...] | None = None
-    scheduled_s: float | None = None
-    adrift: bool = False
-    """Of an earlier gateway: until the controller has taken it in anew, what it says of the session is stale."""
-    called_back: bool = False
-    wish: Any = None
-    first_attach_s: float | None = None
-    ended_s: float | None = None
-    end_code: int = 1000
-    end_reason: str = ""
-    counts: Counts = field(default_factory=Counts)
-    times: ChunkTimes = field(default_factory=ChunkTimes)
-    asked: dict[int, float] = field(default_factory=dict)
-    """When prompts came that no chunk shows yet, by version."""
+class SessionCredits(SessionFacts):
+    """A session's side towards controller and worker. Every method takes the time; effects go to `outbox`."""
 
     # ------------------------------------------------------------------ controller and worker
 
     def placed(self, message: messages.SessionPlaced, now_s: float) -> None:
         """A worker owns the session under a new epoch and takes credits from `next_index` on."""
-        if message.epoch <= self.epoch or self.ended_s is not None or self.adrift:
+        if message.epoch <= self.epoch or self.ended_s is not None:
             return
         waited = not self.owned and self.bound == self.next_index
         self.epoch, self.worker_id, self.numerics_id = message.epoch, message.worker_id, message.numerics_id
+        self.continuity = message.continuity
         self.owned, self.in_flight = True, False
         self.queue_position = -1
-        self.refusals = 0
+        self.refusals = self.resends = self.refused_epoch = 0
         self.sent = min(message.next_index, self.next_index)
         if self.state in (PublicState.QUEUED, PublicState.RECOVERING, PublicState.SUSPENDED, PublicState.MIGRATING):
             self.state = PublicState.ACTIVE.value
@@ -122,9 +63,11 @@ class SessionCredits:
 
     def changed(self, message: messages.SessionState, now_s: float) -> None:
         """The controller's word on the session's state; an older epoch's word is stale."""
-        if self.ended_s is not None or self.adrift or message.epoch < self.epoch:
+        if self.ended_s is not None or message.epoch < self.epoch:
             return
         self.state, self.queue_position = message.state, message.queue_position
+        self.device_bytes, self.host_bytes = message.device_bytes, message.host_bytes
+        self.disk_bytes = message.disk_bytes
         if message.state == PublicState.FAILED:
             self.fail(message.code or "session_failed", message.reason or "the session failed", now_s)
             return
@@ -133,39 +76,74 @@ class SessionCredits:
                 self.end(message.reason or "closed", 1000, now_s)
             return
         if not message.owned:
-            self.lose()
+            self.owned = False
+        elif message.epoch == self.epoch and self.worker_id and not self.owned:
+            self.owned = True  # the owner was to stop, and goes on instead
+            self.refused_epoch = 0
+            self.send_again(now_s)
         self.pump(now_s)
 
-    def lose(self) -> None:
-        """Nobody owns the session: no credit until it is placed again."""
-        self.owned, self.in_flight = False, False
+    def lose(self, now_s: float) -> None:
+        """The owner is gone, and with it whatever was in flight: no credit until the session is placed again."""
+        self.state = PublicState.RECOVERING.value
+        self.owned = self.in_flight = False
 
     def refused(self, message: messages.ChunkRefused, now_s: float) -> None:
         """The worker cannot take the credit; it says which chunk it would take."""
-        if not self.owned or message.epoch != self.epoch or message.chunk_index != self.sent - 1:
+        index = message.chunk_index
+        if not self.in_flight or message.epoch != self.epoch or index != self.sent - 1:
             return
+        if message.code == "overloaded":
+            return  # it is sent again when it is overdue
         self.in_flight = False
+        if message.code in OWNER_STOPPED:
+            self.sent = index
+            self._await_epoch(now_s)
+            self.pump(now_s)
+            return
+        if message.next_index > index == self.next_index:
+            self._await_epoch(now_s)
+            self._stuck("ahead")
+            return
+        if message.next_index > index:  # we hold that chunk and were told an old place: go on from there
+            self.sent = min(message.next_index, self.next_index)
+            self.pump(now_s)
+            return
         self.refusals += 1
-        if self.refusals > REFUSALS_MAX or message.next_index > self.next_index:
-            self.fail("session_failed", f"the worker refused chunk {message.chunk_index} ({message.code})", now_s)
+        if self.refusals > REFUSALS_MAX:
+            self.fail("session_failed", f"the worker refused chunk {index} ({message.code})", now_s)
             return
         self.sent = message.next_index
         self.pump(now_s)
 
+    def _await_epoch(self, now_s: float) -> None:
+        """The owner takes no credit under this epoch: who goes on with the session has a newer one. Should none come,
+        the controller is asked."""
+        self.owned = False
+        self.refused_epoch = self.epoch
+        self.credit_due_s = now_s + RESENDS_MAX * self._resend_s()
+        self.outbox.wakes(self)
+
+    def _stuck(self, code: str) -> None:
+        self.counts.stuck += 1
+        self.outbox.put(Measure("owner_stuck"))
+        stuck = messages.SessionStuck(session_id=self.sid, epoch=self.epoch, next_index=self.next_index, code=code)
+        self.outbox.put(ToController(stuck))
+
+    def _resend_s(self) -> float:
+        return max(RESEND_MIN_S, 2 * self.clock.chunk_s)
+
     def chunk(self, message: messages.ChunkReady, pixels: Any, now_s: float) -> bool:
         """A chunk from a worker. Only the next one of the newest epoch counts; True when it was accepted."""
-        if self.ended_s is not None or message.epoch < self.epoch or not self.owned:
-            self.counts.fenced += 1
-            self.outbox.put(Measure("chunk_fenced"))
-            return False
         index = message.chunk_index
-        if not self.in_flight or index != self.sent - 1:
+        if self.ended_s is not None or message.epoch != self.epoch or not self.in_flight or index != self.sent - 1:
             self.counts.fenced += 1
             self.outbox.put(Measure("chunk_fenced"))
+            if self.ended_s is None and message.epoch == self.epoch and index < self.next_index:
+                self._tell_accepted(index)  # sent again after a reconnect: that we hold it was lost
             return False
         self.in_flight = False
-        self.epoch = message.epoch
-        self.refusals = 0
+        self.refusals = self.resends = 0
         if index < self.next_index:  # made again after a worker was lost; the viewer has it or the ring does
             self.counts.replayed += 1
             self._tell_accepted(index)
@@ -191,18 +169,21 @@ class SessionCredits:
             released_s=begun.released_s,
             accepted_s=now_s,
             batch_size=message.batch_size,
-            continuity=message.continuity,
+            continuity=message.continuity or self.continuity,
         )
+        self.continuity = ""
         self.next_index += 1
         self.digest = message.digest
+        self.digests.add(chunk.index, message.digest)
         self.ring.append(chunk)
+        self.times.accepted(message, now_s)
+        self._end_pause(chunk.index, now_s)
         while (
             len(self.ring) > RING_CHUNKS
         ):  # cannot happen while credits are counted right; memory must not depend on it
             self.ring.popleft()
         if self._full() and self.viewer is not None:
             self.full_s = now_s
-        self.times.accepted(message, now_s)
         self._measure(begun, chunk, now_s)
         self._tell_accepted(chunk.index)
         self._deliver(chunk)
@@ -223,6 +204,21 @@ class SessionCredits:
         if chunk.index == 0 and self.first_attach_s is not None:
             out.put(Measure("first_chunk_latency", now_s - self.first_attach_s))
 
+    def _watch_pause(self, now_s: float) -> None:
+        """A stream pauses when its viewer waits for a chunk and nobody owns the session."""
+        if not self._wants() or self._full():
+            self.pause_of_stream = None
+        elif not self.owned and self.epoch > 0 and self.pause_of_stream is None:
+            self.pause_of_stream = Pause(now_s, PAUSES.get(self.state, "migration"))
+
+    def _end_pause(self, index: int, now_s: float) -> None:
+        """How long the viewer had nothing to come: from when its chunks stopped, or the next was due to begin."""
+        pause, self.pause_of_stream = self.pause_of_stream, None
+        if pause is None or self.period is None:
+            return
+        since_s = max(pause.since_s, self.period.release_s(index, self.clock))
+        self.outbox.put(Measure(f"pause_{pause.kind}", max(0.0, now_s - since_s)))
+
     def _tell_accepted(self, index: int) -> None:
         accepted = messages.ChunkAccepted(session_id=self.sid, epoch=self.epoch, chunk_index=index)
         self.outbox.put(ToWorker(self.worker_id, accepted))
@@ -242,14 +238,9 @@ class SessionCredits:
         if self._may_bind() and self._release_s() <= now_s:
             self._bind(now_s)
         self._send(now_s)
+        self._watch_pause(now_s)
         self._report(now_s)
         self._show()
-
-    def _full(self) -> bool:
-        return self.next_index - self.delivered >= RING_CHUNKS
-
-    def _complete(self) -> bool:
-        return self.max_chunks is not None and self.next_index >= self.max_chunks
 
     def _may_bind(self) -> bool:
         """Whether nothing but time stands between the session and its next credit."""
@@ -301,7 +292,9 @@ class SessionCredits:
         )
         self.sent += 1
         self.in_flight = True
+        self.credit_due_s = now_s + self._resend_s()
         self.times.credited(index, self.epoch, self.worker_id, now_s)
+        self.outbox.wakes(self)
         self.outbox.put(ToWorker(self.worker_id, credit))
 
     def send_again(self, now_s: float) -> None:
@@ -311,43 +304,19 @@ class SessionCredits:
             self.sent -= 1
         self.pump(now_s)
 
-    # ------------------------------------------------------------------ what others are told
-
-    def public(self) -> str:
-        """One of the eight public states."""
-        if self.state == PublicState.ACTIVE and not self._wants():
-            return PublicState.IDLE.value
-        return self.state
-
-    def _wants(self) -> bool:
-        """Whether chunks are asked for: attached or still within its credits, not paused, not done."""
-        if self.period is None or self.paused or self._complete():
-            return False
-        return self.viewer is not None or self.bound - self.delivered < RING_CHUNKS
-
-    def _report(self, now_s: float) -> None:
-        lagging = self.full_s is not None and now_s - self.full_s >= IDLE_REPORT_S
-        report = (self._wants() and not lagging, self.viewer is not None)
-        if report != self.reported:
-            self.reported = report
-            self.outbox.put(
-                ToController(messages.SessionActivity(session_id=self.sid, active=report[0], attached=report[1]))
-            )
-
-    def _show(self) -> None:
-        """Tell the viewer the state when it is another than it was told last."""
-        if self.viewer is None or not self.viewer.ready:
+    def _credit_overdue(self, now_s: float) -> None:
+        """A credit that is not answered: it or its answer was lost, or its owner stands still."""
+        if now_s < self.credit_due_s:
             return
-        shown = (self.public(), self.paused, self.queue_position)
-        if shown == self.shown:
-            return
-        self.shown = shown
-        message: dict[str, Any] = {"type": "state", "state": shown[0]}
-        if self.paused:
-            message["reason"] = "paused"
-        if self.queue_position >= 0:
-            message["queue_position"] = self.queue_position
-        self.outbox.put(ToViewer(self.viewer.connection, message))
+        if self.refused_epoch == self.epoch > 0 and not self.owned:
+            self._await_epoch(now_s)
+            self._stuck("silent")
+        elif self.owned and self.in_flight:
+            self.resends += 1
+            if self.resends > RESENDS_MAX:
+                self.resends = 0
+                self._stuck("silent")
+            self.send_again(now_s)
 
     # ------------------------------------------------------------------ the viewer's side, in session_stream.py
 

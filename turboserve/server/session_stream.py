@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from turboserve.errors import Conflict, IndexOutOfRange, TurboServeError
 from turboserve.server.effects import CloseViewer, ToViewer
-from turboserve.server.log_records import Ended, Frontier, Rotated
+from turboserve.server.log_records import Asked, Ended, Frontier, Rotated
 from turboserve.server.pacing import Pace, Period
 from turboserve.server.session_credits import IDLE_REPORT_S, RING_CHUNKS, SessionCredits
 from turboserve.server.stream_shape import StoredChunk, StreamShape, Viewer
@@ -131,10 +131,9 @@ class SessionStream(SessionCredits):
         if self.ended_s is not None:
             raise Conflict("the session has ended")
         accepted, superseded = self.prompts.accept(text, event_id, from_index, self.bound)
-        if from_index is None:
+        if from_index is None and accepted in self.prompts.waiting:
             self.asked[accepted.version] = now_s
-        for one in superseded:
-            self.outbox.put(ToViewer(connection, {"type": "prompt_superseded", "event_id": one.event_id}))
+        told: list[dict[str, object]] = [{"type": "prompt_superseded", "event_id": one.event_id} for one in superseded]
         answer = {
             "type": "prompt_accepted",
             "event_id": event_id,
@@ -142,7 +141,19 @@ class SessionStream(SessionCredits):
             "from_index": accepted.from_index,
             **(remarks or {}),
         }
-        self.outbox.put(ToViewer(connection, answer))
+        record = Asked(
+            sid=self.sid,
+            version=accepted.version,
+            from_index=accepted.from_index,
+            prompt=accepted.text,
+            event_id=event_id,
+            asked_index=from_index,
+        )
+        self.outbox.append(record, lambda later_s: self._tell(connection, [*told, answer]))
+
+    def _tell(self, connection: int, answers: list[dict[str, object]]) -> None:
+        for answer in answers:
+            self.outbox.put(ToViewer(connection, answer))
 
     def pause(self, now_s: float) -> None:
         """No further credit; the chunk in work is still delivered."""
@@ -180,6 +191,8 @@ class SessionStream(SessionCredits):
             times.append(self.full_s + (self.slow_close_s if reported else IDLE_REPORT_S))
         if self._may_bind():
             times.append(self._release_s())
+        if (self.owned and self.in_flight) or self.refused_epoch == self.epoch > 0:
+            times.append(self.credit_due_s)
         return min(times)
 
     def tick(self, now_s: float) -> None:
@@ -196,6 +209,7 @@ class SessionStream(SessionCredits):
         elif self.full_s is not None and now_s >= self.full_s + self.slow_close_s:
             self.outbox.put(CloseViewer(self.viewer.connection, 4413, "too slow; attach again to go on"))
             self.detach(self.viewer.connection, now_s)
+        self._credit_overdue(now_s)
         self.pump(now_s)
 
     def fail(self, code: str, message: str, now_s: float) -> None:

@@ -7,6 +7,7 @@ wait here, and the writer holds one encoded chunk and what the kernel's socket b
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -158,7 +159,7 @@ class ViewerSocket:
                 raise Malformed("a binary message", expected="JSON text")
             return self._take(protocol.decode_viewer_message(text))
         except TurboServeError as error:
-            self.message(error_message(error))
+            self.message(error_message(error, _event_id(text)))
             return False
 
     def _take(self, message: protocol.AnyViewerMessage) -> bool:
@@ -183,7 +184,8 @@ class ViewerSocket:
                 return self._act(
                     lambda session, now_s: session.prompt(
                         self._connection, text, message.event_id, message.from_index, now_s, remarks
-                    )
+                    ),
+                    message.event_id,
                 )
             case protocol.Pause():
                 return self._act(lambda session, now_s: session.pause(now_s))
@@ -198,8 +200,8 @@ class ViewerSocket:
         if session.delivered > before:
             self._guard.refund()
 
-    def _act(self, act: Callable[[SessionStream, float], None]) -> bool:
-        return self._gateway.act(self._connection, self._sid, act)
+    def _act(self, act: Callable[[SessionStream, float], None], event_id: str | None = None) -> bool:
+        return self._gateway.act(self._connection, self._sid, act, event_id)
 
     # ------------------------------------------------------------------ writing
 
@@ -276,6 +278,15 @@ class ViewerSocket:
         if (session := gateway.logic.sessions.get(self._sid)) is not None:
             session.times.sent(chunk.index, started_s, encoded_s, gateway.now())
         gateway.metrics.sent_bytes.labels(self._format).inc(len(data))
+
+
+def _event_id(text: str | None) -> str | None:
+    """The event_id of a message that was refused, if it has one that fits."""
+    try:
+        found = json.loads(text or "").get("event_id")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found if isinstance(found, str) and len(found) <= 128 else None
 
 
 _FLOOD = {

@@ -69,6 +69,14 @@ class Begun:
     live: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Since when nobody makes chunks of a session that wants them, and why: "migration", "recovery" or "resume"."""
+
+    since_s: float
+    kind: str
+
+
 @dataclass(slots=True)
 class Counts:
     """What happened to a session, for GET /v1/sessions/{id} and the summary in the log."""
@@ -78,3 +86,29 @@ class Counts:
     on_time: int = 0
     late: int = 0
     replayed: int = 0
+    stuck: int = 0
+
+
+DIGESTS_KEPT = 1 << 14
+"""Chunks whose digests a session's card lists: half a megabyte, an hour and a half of a stream of `shapes`."""
+
+
+class DigestChain:
+    """The digests of chunks 0 to n - 1, as bytes. Once a chunk is missing, or there are too many, it holds none."""
+
+    def __init__(self) -> None:
+        self._digests = bytearray()
+        self._whole = True
+
+    def add(self, index: int, digest: str) -> None:
+        if index * 32 != len(self._digests) or index >= DIGESTS_KEPT:
+            self._whole = False
+            self._digests.clear()
+        elif self._whole:
+            self._digests += bytes.fromhex(digest)
+
+    def all(self, count: int) -> tuple[str, ...] | None:
+        """One digest for each of `count` chunks, or None when not all of them are known."""
+        if not self._whole or len(self._digests) != 32 * count:
+            return None
+        return tuple(self._digests[at : at + 32].hex() for at in range(0, 32 * count, 32))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
@@ -14,11 +14,17 @@ from turboserve.runtime import worker_events as e
 CONTROLLER = "controller"
 GATEWAY = "gateway"
 KEPT_CHUNKS = 4
+EARLY_CREDITS_MAX = 2 * KEPT_CHUNKS
+"""Credits that may wait for an opening or a stop to be done."""
+_FENCES_KEPT = 65536
+_SUSPENDED_KEPT = 1024
 
 
 class Phase(StrEnum):
-    OPENING = "opening"
+    OPENING = "opening"  # the engine was told to open, restore or adopt it
     OPEN = "open"
+    STOPPING = "stopping"  # it was told to stop at the next chunk boundary, for a suspend or a move
+    HANDED_OVER = "handed_over"  # stopped, its point committed; it waits for a word on who goes on
     BROKEN = "broken"
 
 
@@ -66,16 +72,36 @@ Action: TypeAlias = Send | Emit | Beat | Drop | Stop | e.EngineCommand
 @dataclass(slots=True)
 class Session:
     """One session as the protocol sees it. `next_index` is the chunk whose credit comes next, `sent` the one after the
-    last that left, `accepted` the one after the last that the gateway holds."""
+    last that left, `accepted` the one after the last that the gateway holds.
+
+    `since_epoch` is the epoch it was opened under: older than `epoch` when it was adopted since. What the engine says
+    of any epoch from there on is about this session. `move_id` is 0 in a stop that is a suspend.
+    """
 
     epoch: int
+    since_epoch: int
     phase: Phase = Phase.OPENING
     next_index: int = 0
     sent: int = 0
     accepted: int = 0
+    restored: bool = False
+    move_id: int = 0
     requests: dict[int, ChunkRequest] = field(default_factory=dict)
     made: OrderedDict[int, e.FinishedChunk] = field(default_factory=OrderedDict)
+    early: list[m.Credit] = field(default_factory=list)
+    handed_over: m.HandedOver | None = None
     broken: m.SessionBroken | None = None
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A slot held for a session that will move here, until `until_s` at the latest. `move_id` is the newest name of
+    the move, `asked_id` the one the engine knows the slot by."""
+
+    move_id: int
+    asked_id: int
+    until_s: float
+    ready: bool = False
 
 
 @dataclass(slots=True)
@@ -86,6 +112,82 @@ class Counts:
     refused: int = 0
     fenced: int = 0
     withheld: int = 0
+    suspended: int = 0
+    handed_over: int = 0
+    kept: int = 0
+    prepared: int = 0
+
+
+class WorkerBooks:
+    """What the worker holds, what it has given up, and what it is about to say. No decision is made here."""
+
+    def __init__(self, hello: m.WorkerHello) -> None:
+        self.hello = hello
+        self.sessions: dict[str, Session] = {}
+        self.prepared: dict[str, Prepared] = {}
+        self.closing: dict[str, deque[int]] = {}
+        self.suspended: OrderedDict[str, m.SessionSuspended] = OrderedDict()
+        """The last word on sessions that were suspended here, for a controller that missed it."""
+        self.counts = Counts()
+        self.draining = False
+        self._connected: set[str] = set()
+        self._fences: OrderedDict[str, int] = OrderedDict()
+        self._out: list[Action] = []
+
+    def _flush(self) -> list[Action]:
+        out, self._out = self._out, []
+        return out
+
+    def _tell(self, message: m.Message) -> None:
+        if CONTROLLER in self._connected:
+            self._out.append(Send(CONTROLLER, message))
+
+    def _tell_opened(self, session_id: str, session: Session) -> None:
+        self._tell(
+            m.SessionOpened(
+                session_id=session_id,
+                epoch=session.epoch,
+                next_index=session.next_index,
+                restored=session.restored,
+            )
+        )
+
+    def _refuse_credit(self, credit: m.Credit, next_index: int, code: str) -> None:
+        self.counts.refused += 1
+        refusal = m.ChunkRefused(
+            session_id=credit.session_id,
+            epoch=credit.epoch,
+            chunk_index=credit.chunk_index,
+            next_index=next_index,
+            code=code,
+        )
+        self._out.append(Send(GATEWAY, refusal))
+
+    def _forget_from(self, session: Session, next_index: int) -> None:
+        """The engine makes `next_index` next: credits from there on were never begun."""
+        session.next_index = next_index
+        for index in [one for one in session.requests if one >= next_index]:
+            del session.requests[index]
+
+    def _fence(self, session_id: str, epoch: int) -> None:
+        """Nothing of this epoch or an older one comes back."""
+        self._fences[session_id] = max(epoch, self._fences.get(session_id, -1))
+        self._fences.move_to_end(session_id)
+        while len(self._fences) > _FENCES_KEPT:
+            self._fences.popitem(last=False)
+
+    def _close(self, session_id: str, session: Session) -> None:
+        """Give a session up: the engine frees it, SessionReleased follows."""
+        del self.sessions[session_id]
+        self._fence(session_id, session.epoch)
+        self.closing.setdefault(session_id, deque()).append(session.epoch)
+        self._out.append(e.Close(session_id, session.epoch))
+
+    def _remember_suspended(self, message: m.SessionSuspended) -> None:
+        self.suspended[message.session_id] = message
+        self.suspended.move_to_end(message.session_id)
+        while len(self.suspended) > _SUSPENDED_KEPT:
+            self.suspended.popitem(last=False)
 
 
 def request_of(credit: m.Credit) -> ChunkRequest:

@@ -47,9 +47,17 @@ class BrokenSession:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The session has its slot."""
+    """The session has its slot and makes chunk `next_index` next.
+
+    `made` are the last chunks before that, oldest first, where it goes on from a recovery point (`restored`); one that
+    was adopted kept its chunks, and one that begins has none.
+    """
 
     session_id: str
+    next_index: int = 0
+    restored: bool = False
+    adopted: bool = False
+    made: tuple[FinishedChunk, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,42 @@ class OpenFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Stopped:
+    """The session stands at a chunk boundary and its recovery point is committed; chunks from `next_index` on that it
+    was told to begin are forgotten. After Stop(release=True) its slot is free."""
+
+    session_id: str
+    next_index: int
+    point_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StopFailed:
+    """The point could not be written: the session goes on. Chunks from `next_index` on are forgotten all the same."""
+
+    session_id: str
+    next_index: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A slot is held for a session that will come; its epoch is not known yet."""
+
+    session_id: str
+    move_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareFailed:
+    session_id: str
+    move_id: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """Nothing of the session is left."""
 
@@ -69,17 +113,48 @@ class Closed:
 
 
 PassEvent: TypeAlias = FinishedChunk | BrokenSession
-EngineEvent: TypeAlias = PassEvent | Opened | OpenFailed | Closed
+EngineEvent: TypeAlias = PassEvent | Opened | OpenFailed | Stopped | StopFailed | Prepared | PrepareFailed | Closed
 
 # ---------------------------------------------------------------- logic -> engine
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
+    """Hold a session under `epoch`: adopt what is held under `adopt_epoch` (if it is), else go on from the newest
+    recovery point (with `restore`, if there is one), else begin. An adoption that finds nothing and may not restore
+    fails. A slot that was prepared for the session is used."""
+
     session_id: str
     epoch: int
     seed: int
     control: Control
+    restore: bool = False
+    adopt_epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish the chunk in work, forget those not begun, commit a recovery point; with `release` free the slot too."""
+
+    session_id: str
+    epoch: int
+    release: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Hold a slot for a session that will be opened here, and read the pages that its newest point has."""
+
+    session_id: str
+    move_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropPrepared:
+    """Free the slot that was prepared for a session. Nothing is answered."""
+
+    session_id: str
+    move_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +181,4 @@ class Hold:
     hold: bool
 
 
-EngineCommand: TypeAlias = Open | Begin | Close | Hold
+EngineCommand: TypeAlias = Open | Begin | Close | Stop | Prepare | DropPrepared | Hold

@@ -1,13 +1,15 @@
 """A worker's protocol as a state machine without I/O: messages, engine events and time in, actions out.
 
     controller  OpenSession CloseSession Lease DrainWorker StopWorker  ->  SessionOpened|Refused|Released|Broken
+    controller  SuspendSession HandOver PrepareSession DropPrepared    ->  `worker_moves.py`
     gateway     Credit ChunkAccepted                                   ->  ChunkReady (an Emit) | ChunkRefused
     engine      Opened OpenFailed FinishedChunk BrokenSession Closed   <-  Open Begin Close Hold
 
 What it guards:
 
 - **Epochs.** A session is held under one epoch; whatever names an older one is refused, a newer OpenSession replaces
-  what is held. Closed epochs are remembered, so a late OpenSession does not bring one back.
+  what is held, or takes it over as it is (`adopt`). Closed epochs are remembered, so a late OpenSession does not bring
+  one back.
 - **Order.** A credit must be for the next chunk. One for a chunk already made is answered with the same frames again
   (the last `KEPT_CHUNKS` are kept), so a gateway that reconnects or restarts loses nothing.
 - **Lease.** Nothing is emitted when the lease has run out. It counts from the moment the heartbeat was sent that the
@@ -20,7 +22,7 @@ whoever carries it out asks `may_emit` again at that moment.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -33,42 +35,36 @@ from turboserve.runtime.worker_books import (
     KEPT_CHUNKS,
     Action,
     Beat,
-    Counts,
     Drop,
-    Emit,
     Phase,
     Send,
     Session,
     Stop,
-    request_of,
 )
+from turboserve.runtime.worker_moves import PREPARED_KEEP_S, WorkerMoves, handlers
 
-_FENCES_KEPT = 65536
 
-
-class WorkerLogic:
+class WorkerLogic(WorkerMoves):
     """One worker. All times are seconds of one monotonic clock, passed in."""
 
     def __init__(
-        self, hello: m.WorkerHello, spec: ModelSpec, *, heartbeat_s: float = 0.5, leave_timeout_s: float = 8.0
+        self,
+        hello: m.WorkerHello,
+        spec: ModelSpec,
+        *,
+        heartbeat_s: float = 0.5,
+        leave_timeout_s: float = 8.0,
+        prepared_keep_s: float = PREPARED_KEEP_S,
     ) -> None:
-        self.hello = hello
-        self.sessions: dict[str, Session] = {}
-        self.closing: dict[str, deque[int]] = {}
-        self.counts = Counts()
-        self.draining = False
-        self._spec = spec
+        super().__init__(hello, spec, prepared_keep_s=prepared_keep_s)
         self._heartbeat_s = heartbeat_s
         self._leave_timeout_s = leave_timeout_s
         self._leave_by_s: float | None = None
-        self._connected: set[str] = set()
-        self._fences: OrderedDict[str, int] = OrderedDict()
         self._unanswered_s: deque[float] = deque()
         self._lease_s = 0.0
-        self._lease_until_s = float("-inf")
         self._held = True
         self._next_beat_s = float("inf")
-        self._out: list[Action] = [e.Hold(True)]
+        self._out.append(e.Hold(True))
 
     # ------------------------------------------------------------------ events
 
@@ -80,11 +76,18 @@ class WorkerLogic:
             self._unanswered_s.clear()
             self._unanswered_s.append(now_s)
             self._next_beat_s = now_s + self._heartbeat_s
+            for message in self.suspended.values():
+                self._tell(message)
             for session_id, session in self.sessions.items():
-                if session.phase is Phase.OPEN:
-                    self._tell(m.SessionOpened(session_id=session_id, epoch=session.epoch))
+                if session.phase in (Phase.OPEN, Phase.STOPPING):
+                    self._tell_opened(session_id, session)
+                elif session.handed_over is not None:
+                    self._tell(session.handed_over)
                 elif session.broken is not None:
                     self._tell(session.broken)
+            for session_id, known in self.prepared.items():
+                if known.ready:
+                    self._tell(m.SessionPrepared(session_id=session_id, move_id=known.move_id))
             if self._leave_by_s is not None:
                 self._tell_leaving()
         else:
@@ -116,31 +119,66 @@ class WorkerLogic:
         if isinstance(event, e.Closed):
             self._on_closed(event.session_id, epoch, now_s)
             return self._flush()
+        if isinstance(event, e.Prepared | e.PrepareFailed):
+            self._on_prepare_event(event)
+            return self._flush()
         session = self.sessions.get(event.session_id)
-        if session is None or session.epoch != epoch:
+        if session is None or not session.since_epoch <= epoch <= session.epoch:
             return self._flush()  # closed or replaced while the engine was at it
-        if isinstance(event, e.Opened):
-            session.phase = Phase.OPEN
-            self._tell(m.SessionOpened(session_id=event.session_id, epoch=epoch))
+        if isinstance(event, e.FinishedChunk):
+            self._on_chunk(event, session, now_s)
+        elif isinstance(event, e.BrokenSession):
+            self._on_broken(event, session)
+        elif epoch != session.epoch:
+            pass  # adopted since: the engine's answer to that comes
+        elif isinstance(event, e.Opened):
+            self._on_opened(event, session, now_s)
         elif isinstance(event, e.OpenFailed):
             del self.sessions[event.session_id]
+            for credit in session.early:
+                self._refuse_credit(credit, 0, "not_found")
             self._refuse_open(event.session_id, epoch, event.code, event.message)
-        elif isinstance(event, e.FinishedChunk):
-            session.made[event.chunk_index] = event
-            while len(session.made) > KEPT_CHUNKS:
-                session.made.popitem(last=False)
-            self._emit(event.session_id, session, event.chunk_index, now_s)
+        elif isinstance(event, e.Stopped):
+            self._on_stopped(event, session)
+            self._stop_when_left(now_s)
         else:
-            session.phase = Phase.BROKEN
-            session.broken = m.SessionBroken(
-                session_id=event.session_id,
-                epoch=epoch,
-                chunk_index=event.chunk_index,
-                code=event.code[:256],
-                message=event.message[:1024],
-            )
-            self._tell(session.broken)
+            self._on_stop_failed(event, session, now_s)
         return self._flush()
+
+    def _on_opened(self, event: e.Opened, session: Session, now_s: float) -> None:
+        session.phase = Phase.OPEN
+        session.restored = session.restored or event.restored
+        self._forget_from(session, event.next_index)
+        if not event.adopted:
+            # What lies in the point has left its former owner or is asked for again by a credit: nothing is emitted
+            # unasked, and nothing may be held back for it.
+            session.made.clear()
+            session.made.update((chunk.chunk_index, chunk) for chunk in event.made[-KEPT_CHUNKS:])
+            session.sent = session.accepted = event.next_index
+            session.since_epoch = session.epoch
+        self._tell_opened(event.session_id, session)
+        self._take_early(session, now_s)
+
+    def _on_chunk(self, event: e.FinishedChunk, session: Session, now_s: float) -> None:
+        session.made[event.chunk_index] = event
+        while len(session.made) > KEPT_CHUNKS:
+            session.made.popitem(last=False)
+        if session.phase is not Phase.OPENING:  # else it is asked for when it has been adopted
+            self._emit(event.session_id, session, event.chunk_index, now_s)
+
+    def _on_broken(self, event: e.BrokenSession, session: Session) -> None:
+        session.phase = Phase.BROKEN
+        session.broken = m.SessionBroken(
+            session_id=event.session_id,
+            epoch=session.epoch,
+            chunk_index=event.chunk_index,
+            code=event.code[:256],
+            message=event.message[:1024],
+        )
+        early, session.early = session.early, []
+        for credit in early:
+            self._refuse_credit(credit, session.next_index, "session_poisoned")
+        self._tell(session.broken)
 
     def on_timer(self, now_s: float) -> list[Action]:
         """Heartbeats, the end of the lease, the end of leaving. Call it at `wake_at_s` or more often."""
@@ -148,6 +186,8 @@ class WorkerLogic:
             self._next_beat_s = now_s + self._heartbeat_s
             self._unanswered_s.append(now_s)
             self._out.append(Beat())
+            self._tell_handed_over()
+        self._drop_forgotten(now_s)
         if not self._held and now_s >= self._lease_until_s:
             self._held = True
             self._out.append(e.Hold(True))
@@ -173,37 +213,10 @@ class WorkerLogic:
             times.append(self._lease_until_s)
         if self._leave_by_s is not None:
             times.append(self._leave_by_s)
-        return min(times)
-
-    def may_emit(self, emit: Emit, now_s: float) -> e.FinishedChunk | None:
-        """The chunk to send now, or None when it must not or need not go out any more."""
-        session = self.sessions.get(emit.session_id)
-        if session is None or session.epoch != emit.epoch:
-            self.counts.fenced += 1
-            return None
-        if now_s >= self._lease_until_s or emit.chunk_index > session.sent:
-            # Without a lease; or behind one that was withheld: both are emitted again, in order, when it is renewed.
-            self.counts.withheld += 1
-            return None
-        return session.made.get(emit.chunk_index)
-
-    def did_emit(self, emit: Emit) -> None:
-        """The chunk has left."""
-        self.counts.emitted += 1
-        session = self.sessions.get(emit.session_id)
-        if session is not None and session.epoch == emit.epoch:
-            session.sent = max(session.sent, emit.chunk_index + 1)
+        return min(times + [one.until_s for one in self.prepared.values()])
 
     def lease_left_s(self, now_s: float) -> float:
         return max(0.0, self._lease_until_s - now_s)
-
-    def _flush(self) -> list[Action]:
-        out, self._out = self._out, []
-        return out
-
-    def _tell(self, message: m.Message) -> None:
-        if CONTROLLER in self._connected:
-            self._out.append(Send(CONTROLLER, message))
 
     # ------------------------------------------------------------------ controller
 
@@ -227,27 +240,45 @@ class WorkerLogic:
             self._refuse_open(asked.session_id, asked.epoch, "stale_epoch", "a newer epoch has been here")
             return
         if held is not None and asked.epoch == held.epoch:
-            if held.phase is Phase.OPEN:  # the same message again
-                self._tell(m.SessionOpened(session_id=asked.session_id, epoch=asked.epoch))
+            if held.phase in (Phase.OPEN, Phase.STOPPING):  # the same message again
+                self._tell_opened(asked.session_id, held)
             return
-        if (asked.width, asked.height) != (self._spec.width, self._spec.height):
-            size = f"{self._spec.width}x{self._spec.height}"
-            self._refuse_open(asked.session_id, asked.epoch, "invalid_request", f"this worker makes {size} only")
+        if held is not None and asked.adopt and held.phase is not Phase.BROKEN:
+            self._adopt(asked, held)
             return
-        if asked.prompt_switch not in self._spec.prompt_switch:
-            message = f"this model cannot {asked.prompt_switch!r} on a new prompt"
-            self._refuse_open(asked.session_id, asked.epoch, "invalid_request", message)
-            return
-        if self.draining:
-            self._refuse_open(asked.session_id, asked.epoch, "overloaded", "this worker is draining")
+        refused = self._why_not_open(asked)
+        if refused:
+            self._refuse_open(asked.session_id, asked.epoch, *refused)
             return
         if held is not None:
             self._close(asked.session_id, held)
-        # Without a recovery point a session begins anew whatever `next_index` says: the first credit is then refused
-        # with next_index 0, and the gateway gives the credits of its log again. Exact, if slow.
-        self.sessions[asked.session_id] = Session(asked.epoch)
+        self.prepared.pop(asked.session_id, None)  # the engine uses the slot
+        self.suspended.pop(asked.session_id, None)
+        # Without a recovery point a session begins anew whatever `next_index` says: SessionOpened then names chunk 0,
+        # and the gateway gives the credits of its log again. Exact, if slow.
+        self.sessions[asked.session_id] = Session(asked.epoch, asked.epoch)
         control = Control(asked.prompt, asked.prompt_version)
-        self._out.append(e.Open(asked.session_id, asked.epoch, asked.seed, control))
+        self._out.append(e.Open(asked.session_id, asked.epoch, asked.seed, control, restore=asked.restore))
+
+    def _adopt(self, asked: m.OpenSession, held: Session) -> None:
+        """A move was given up, or its controller was: what is held goes on under a newer epoch."""
+        former, held.epoch = held.epoch, asked.epoch
+        held.phase, held.handed_over, held.move_id = Phase.OPENING, None, 0
+        control = Control(asked.prompt, asked.prompt_version)
+        self._out.append(
+            e.Open(asked.session_id, asked.epoch, asked.seed, control, restore=asked.restore, adopt_epoch=former)
+        )
+
+    def _why_not_open(self, asked: m.OpenSession) -> tuple[str, str] | None:
+        if asked.adopt and not asked.restore:
+            return "not_found", "this worker does not hold the session"
+        if (asked.width, asked.height) != (self._spec.width, self._spec.height):
+            return "invalid_request", f"this worker makes {self._spec.width}x{self._spec.height} only"
+        if asked.prompt_switch not in self._spec.prompt_switch:
+            return "invalid_request", f"this model cannot {asked.prompt_switch!r} on a new prompt"
+        if self.draining:
+            return "overloaded", "this worker is draining"
+        return None
 
     def _refuse_open(self, session_id: str, epoch: int, code: str, message: str) -> None:
         self._tell(m.SessionRefused(session_id=session_id, epoch=epoch, code=code[:256], message=message[:1024]))
@@ -261,18 +292,7 @@ class WorkerLogic:
             self._tell(m.SessionReleased(session_id=asked.session_id, epoch=asked.epoch))
         if held is None:
             self._fence(asked.session_id, asked.epoch)
-
-    def _close(self, session_id: str, session: Session) -> None:
-        del self.sessions[session_id]
-        self._fence(session_id, session.epoch)
-        self.closing.setdefault(session_id, deque()).append(session.epoch)
-        self._out.append(e.Close(session_id, session.epoch))
-
-    def _fence(self, session_id: str, epoch: int) -> None:
-        self._fences[session_id] = max(epoch, self._fences.get(session_id, -1))
-        self._fences.move_to_end(session_id)
-        while len(self._fences) > _FENCES_KEPT:
-            self._fences.popitem(last=False)
+            self.suspended.pop(asked.session_id, None)
 
     def _on_closed(self, session_id: str, epoch: int, now_s: float) -> None:
         waiting = self.closing.get(session_id)
@@ -306,74 +326,9 @@ class WorkerLogic:
         elif not self.sessions and not self.closing and CONTROLLER not in self._connected:
             self._out.append(Stop("drained"))
 
-    # ------------------------------------------------------------------ gateway
-
-    def _on_credit(self, credit: m.Credit, now_s: float) -> None:
-        session = self.sessions.get(credit.session_id)
-        if session is None:
-            self._refuse_credit(credit, 0, "not_found")
-        elif credit.epoch != session.epoch:
-            self.counts.fenced += 1
-            self._refuse_credit(credit, session.next_index, "stale_epoch")
-        elif session.phase is Phase.BROKEN:
-            self._refuse_credit(credit, session.next_index, "session_poisoned")
-        elif credit.prompt_switch not in self._spec.prompt_switch:
-            self._refuse_credit(credit, session.next_index, "invalid_request")
-        elif credit.chunk_index > session.next_index:
-            self._refuse_credit(credit, session.next_index, "index_out_of_range")
-        elif credit.chunk_index < session.next_index:
-            self._credit_again(credit, session, now_s)
-        elif session.next_index - session.accepted >= KEPT_CHUNKS:
-            self._refuse_credit(credit, session.next_index, "overloaded")
-        else:
-            request = request_of(credit)
-            session.next_index += 1
-            session.requests[credit.chunk_index] = request
-            session.requests.pop(credit.chunk_index - 2 * KEPT_CHUNKS, None)
-            self._out.append(e.Begin(credit.session_id, credit.epoch, request, now_s, now_s + credit.deadline_s))
-
-    def _credit_again(self, credit: m.Credit, session: Session, now_s: float) -> None:
-        """A credit for a chunk that was begun before: the same frames, or a reason why not."""
-        known = session.requests.get(credit.chunk_index)
-        if known is not None and known != request_of(credit):
-            self._refuse_credit(credit, session.next_index, "conflict")
-        elif credit.chunk_index in session.made:
-            self._emit(credit.session_id, session, credit.chunk_index, now_s)
-        elif known is None or credit.chunk_index < min(session.made, default=0):
-            self._refuse_credit(credit, session.next_index, "index_passed")
-
-    def _refuse_credit(self, credit: m.Credit, next_index: int, code: str) -> None:
-        self.counts.refused += 1
-        refusal = m.ChunkRefused(
-            session_id=credit.session_id,
-            epoch=credit.epoch,
-            chunk_index=credit.chunk_index,
-            next_index=next_index,
-            code=code,
-        )
-        self._out.append(Send(GATEWAY, refusal))
-
-    def _on_accepted(self, accepted: m.ChunkAccepted, now_s: float) -> None:
-        session = self.sessions.get(accepted.session_id)
-        if session is not None and accepted.epoch == session.epoch:
-            # Never beyond what was sent: else chunks could be dropped from `made` before they left.
-            session.accepted = max(session.accepted, min(accepted.chunk_index + 1, session.sent))
-
-    def _emit(self, session_id: str, session: Session, chunk_index: int, now_s: float) -> None:
-        if GATEWAY in self._connected and now_s < self._lease_until_s:
-            self._out.append(Emit(session_id, session.epoch, chunk_index))
-
-    def _emit_unaccepted(self) -> None:
-        """After a reconnect or a renewed lease: all that the gateway has not confirmed; it takes each once."""
-        if GATEWAY not in self._connected:
-            return
-        for session_id, session in self.sessions.items():
-            for chunk_index in session.made:
-                if chunk_index >= session.accepted:
-                    self._out.append(Emit(session_id, session.epoch, chunk_index))
-
 
 _HANDLERS: dict[tuple[str, type[m.Message]], Callable[[WorkerLogic, Any, float], None]] = {
+    **{(CONTROLLER, kind): handler for kind, handler in handlers().items()},
     (CONTROLLER, m.Lease): WorkerLogic._on_lease,
     (CONTROLLER, m.OpenSession): WorkerLogic._on_open,
     (CONTROLLER, m.CloseSession): WorkerLogic._on_close,

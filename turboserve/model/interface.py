@@ -110,6 +110,7 @@ class ModelSpec:
     denoise_steps_floor: int
     prompt_switch: tuple[PromptSwitch, ...] = (PromptSwitch.SWAP,)
     sizes: tuple[str, ...] = ()
+    recovery_every_chunks: int = 1  # how often a session's recovery point is written as it goes
     max_chunks: int | None = None  # absolute rotary positions end somewhere; None: a stream may last for ever
     about: str = ""
 

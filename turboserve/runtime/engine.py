@@ -19,43 +19,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from turboserve.digest import next_digest
-from turboserve.errors import Conflict, NotFound, SessionPoisoned, TurboServeError
-from turboserve.model.interface import ChunkRequest, Control, PackedBatch, PassKind, Segment, StreamingModel, pack
+from turboserve.errors import SessionPoisoned, TurboServeError
+from turboserve.model.interface import PackedBatch, PassKind, Segment, StreamingModel, pack
 from turboserve.runtime.batch import form_batch
 from turboserve.runtime.cost_model import MeasuredCost
+from turboserve.runtime.engine_sessions import EngineSessions
+from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.pass_timer import PassTimer
 from turboserve.runtime.ranges import span
-from turboserve.runtime.session_tensors import ChunkWork, HeldSession, QueuedChunk, hold_session
+from turboserve.runtime.session_points import SessionPoints
+from turboserve.runtime.session_tensors import ChunkWork, HeldSession
 from turboserve.runtime.worker_events import BrokenSession, FinishedChunk, PassEvent
 
 Emit: TypeAlias = Callable[[PassEvent], None]
 
 
-@dataclass(slots=True)
-class EngineStats:
-    """Totals since the start; whoever reports takes differences."""
+class Engine(EngineSessions):
+    """The sessions of one worker and the passes over them. For one thread.
 
-    passes: int = 0
-    segments: int = 0
-    tokens: int = 0
-    chunks: int = 0
-    broken: int = 0
-    cancelled: int = 0
-    busy_s: float = 0.0
-    chunk_latency_s: float = 0.0
-    """Sum over chunks of credit received to frames out."""
-
-
-class Engine:
-    """The sessions of one worker and the passes over them. For one thread."""
+    With `points`, a session's recovery point is brought up to date after every `recovery_every_chunks` chunks.
+    """
 
     def __init__(
         self,
@@ -63,78 +53,13 @@ class Engine:
         pool: KvPool,
         cost: MeasuredCost | None = None,
         *,
+        points: SessionPoints | None = None,
+        recovery_every_chunks: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.model = model
-        self.pool = pool
+        super().__init__(model, pool, points, recovery_every_chunks, clock)
         self.cost = cost or MeasuredCost(segment_max=pool.slot_count)
-        self.stats = EngineStats()
-        self._clock = clock
         self._timer = PassTimer(pool.device, clock)
-        self._sessions: dict[str, HeldSession] = {}
-
-    # ------------------------------------------------------------------ sessions
-
-    def open(self, session_id: str, seed: int, control: Control) -> None:
-        """Take a slot and begin. PoolExhausted or what the model raises; then nothing is held."""
-        self._sessions[session_id] = hold_session(self.pool, self.model, session_id, seed, control)
-
-    def close(self, session_id: str) -> None:
-        """Free all that the session holds, whatever it is doing. Unknown sessions are no error."""
-        if self._sessions.pop(session_id, None) is not None:
-            self.pool.release(session_id)
-
-    def submit(
-        self, session_id: str, request: ChunkRequest, deadline_s: float, received_s: float | None = None
-    ) -> None:
-        """Queue one chunk; its index must be the next. Both times are of the engine's clock; `received_s` is when the
-        credit came to this process, which may be up to a pass ago (None: now)."""
-        session = self._session(session_id)
-        if session.fault is not None:
-            raise SessionPoisoned(f"session {session_id} is broken: {session.fault}")
-        if request.chunk_index != session.next_unqueued_index:
-            raise Conflict(
-                f"chunk {request.chunk_index} of session {session_id}", expected=str(session.next_unqueued_index)
-            )
-        session.queue.append(QueuedChunk(request, deadline_s, self._clock() if received_s is None else received_s))
-
-    def cancel(self, session_id: str) -> int:
-        """Drop every chunk whose frames are not out; the index of the first chunk that may be submitted again.
-
-        A chunk whose frames are out goes on to its context pass: it is part of the history already.
-        """
-        session = self._session(session_id)
-        dropped = len(session.queue)
-        session.queue.clear()
-        if session.work is not None and not session.work.emitted:
-            session.work = None
-            dropped += 1
-        self.stats.cancelled += dropped
-        return session.next_unqueued_index
-
-    @property
-    def session_count(self) -> int:
-        return len(self._sessions)
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `run_pass` would do something; when not, the caller should block, not spin."""
-        return any(one.work is not None or one.queue for one in self._sessions.values())
-
-    @property
-    def active_count(self) -> int:
-        """Sessions with a chunk in work or queued. May be read from another thread: the copy is one step."""
-        return sum(one.work is not None or bool(one.queue) for one in list(self._sessions.values()))
-
-    def next_chunk_index(self, session_id: str) -> int:
-        """The chunk that comes after the last committed one."""
-        return self._session(session_id).state.next_chunk_index
-
-    def _session(self, session_id: str) -> HeldSession:
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise NotFound(f"session {session_id} is not on this worker")
-        return session
 
     # ------------------------------------------------------------------ passes
 
@@ -166,11 +91,13 @@ class Engine:
             results = self._forward(batch)
             for session, result in zip(chosen, results, strict=True):
                 self._take(session, result, emit)
+        self._write_through(chosen)
         self.stats.busy_s += self._clock() - started_s
 
     def _begin_chunk(self, session: HeldSession, emit: Emit) -> None:
         """Ask the model for the segments of the session's next credited chunk."""
         queued = session.queue.pop(0)
+        session.saved = False
         try:
             with torch.inference_mode():
                 segments = self.model.next_passes(session.state, queued.request)
@@ -209,7 +136,10 @@ class Engine:
             if segment.kind is PassKind.RECACHE:
                 session.pages_rewritten += 1
             if segment.completes_latents:
-                emit(self._decode(session, work))
+                finished = self._decode(session, work)
+                session.kept.append(finished)
+                emit(finished)
+                failpoint("worker.chunk.emitted")
             work.position += 1
             if work.position == len(work.segments):
                 self._finish(session, segment, work)
@@ -253,6 +183,7 @@ class Engine:
             raise SessionPoisoned(f"the model's segments of chunk {index} did not decode and commit it")
         session.context_s = self._clock() - session.decoded_s
         session.work = None
+        failpoint("worker.chunk.committed")
 
     def _break(self, session: HeldSession, chunk_index: int, error: Exception, emit: Emit) -> None:
         session.fault = str(error) or type(error).__name__

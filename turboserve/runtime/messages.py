@@ -75,6 +75,12 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     passes: Count
     device_bytes: Count
     rss_bytes: Count = 0
+    points: Count = 0
+    """Recovery points written since the start."""
+    points_refused: Count = 0
+    """Those that the arena had no room for."""
+    point_ms: float = 0.0
+    """Mean time a point took since the last heartbeat."""
 
 
 class SessionOpened(Message, frozen=True, kw_only=True):

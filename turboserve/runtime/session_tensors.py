@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from turboserve.model.interface import ChunkRequest, Control, Segment, SessionTensors, StreamingModel
+from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.kv_pool import KvPool
+from turboserve.runtime.worker_books import KEPT_CHUNKS
+from turboserve.runtime.worker_events import FinishedChunk
 
 
 @dataclass(slots=True)
@@ -59,11 +63,19 @@ class QueuedChunk:
 class HeldSession:
     """One resident session. `fault` names what broke it; a broken one keeps its slot until it is closed.
 
-    `pages_rewritten` counts recaches: they change pages that were finished, so copies of those are out of date.
+    `pages_rewritten` counts recaches: they change pages that were finished, so copies of those are out of date. `kept`
+    are the last chunks with their frames; `saved` says that a recovery point has all that the session is now.
     """
 
     state: SessionTensors
+    epoch: int = 0
     digest: str = ""
+    kept: deque[FinishedChunk] = field(default_factory=lambda: deque(maxlen=KEPT_CHUNKS))
+    saved: bool = False
+    point_chunk: int = 0
+    """What the last recovery point is of: the session when this chunk is about to begin."""
+    point_every: int = 1
+    """How many chunks on from there the next one is due."""
     queue: list[QueuedChunk] = field(default_factory=list)
     work: ChunkWork | None = None
     fault: str | None = None
@@ -77,6 +89,11 @@ class HeldSession:
         return self.state.session_id
 
     @property
+    def at_boundary(self) -> bool:
+        """Between two chunks: the last one is committed and none has begun."""
+        return self.work is None
+
+    @property
     def next_unqueued_index(self) -> int:
         """Index that the next credit must have."""
         if self.queue:
@@ -86,13 +103,16 @@ class HeldSession:
         return self.state.next_chunk_index
 
 
-def hold_session(pool: KvPool, model: StreamingModel, session_id: str, seed: int, control: Control) -> HeldSession:
+def hold_session(
+    pool: KvPool, model: StreamingModel, session_id: str, seed: int, control: Control, epoch: int = 0
+) -> HeldSession:
     """Take a slot and begin a session in it; on any failure the slot goes back."""
     slot = pool.acquire(session_id)
     try:
+        failpoint("worker.open.begun")
         state = SessionTensors(session_id=session_id, seed=seed, slot=slot, tensors=pool.tensors(session_id))
         model.begin(state, control)
     except BaseException:
         pool.release(session_id)
         raise
-    return HeldSession(state=state)
+    return HeldSession(state, epoch)

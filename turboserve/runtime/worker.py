@@ -26,6 +26,7 @@ from typing import Any
 from turboserve.errors import TurboServeError
 from turboserve.runtime import frame_ring, lifeline, logs
 from turboserve.runtime import messages as m
+from turboserve.runtime.failpoints import set_process
 from turboserve.runtime.worker_config import WorkerConfig, read_config
 
 SWITCH_INTERVAL_S = 0.001
@@ -53,10 +54,14 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     import torch
 
     from turboserve.model.interface import Tier, layout_hash, state_bytes
+    from turboserve.runtime.arena import Arena
     from turboserve.runtime.cost_model import MeasuredCost, calibrate
     from turboserve.runtime.engine import Engine
     from turboserve.runtime.kv_pool import KvPool
     from turboserve.runtime.numerics import check_numerics, set_up_determinism
+    from turboserve.runtime.recovery_store import RecoveryStore
+    from turboserve.runtime.session_points import SessionPoints
+    from turboserve.runtime.snapshot import SnapshotShape
 
     started_s = time.monotonic()
     set_up_determinism(torch.device(config.device))
@@ -108,7 +113,12 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         ring_fd=ring_fd,
     )
     producer = frame_ring.attach_producer(ring_fd, worker_epoch=config.worker_epoch)
-    return Loaded(Engine(model, pool, cost), hello, producer)
+    points = None
+    if config.arena_fd >= 0:
+        arena = Arena.map(config.arena_fd, partition=config.arena_partition, owner_epoch=config.worker_epoch)
+        points = SessionPoints(RecoveryStore(arena), SnapshotShape(model.spec, layout, numerics.numerics_id))
+    every = config.recovery_every_chunks or model.spec.recovery_every_chunks
+    return Loaded(Engine(model, pool, cost, points=points, recovery_every_chunks=every), hello, producer)
 
 
 def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
@@ -124,6 +134,7 @@ def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
         heartbeat_s=config.heartbeat_s,
         # The launcher kills after the whole timeout: be done before.
         leave_timeout_s=0.8 * config.shutdown_timeout_s,
+        prepared_keep_s=config.prepared_keep_s,
     )
 
     def figures() -> Figures:
@@ -138,6 +149,9 @@ def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
             resident=engine.session_count,
             slots_free=engine.pool.free_count,
             device_bytes=engine.pool.held_bytes(),
+            points=stats.points,
+            points_refused=stats.points_refused,
+            point_s=stats.point_s,
         )
 
     engine_loop = EngineLoop(engine, lambda event, epoch: io.post_soon(event, epoch))
@@ -188,6 +202,7 @@ def main(argv: list[str] | None = None, load_model: Callable[[WorkerConfig], Any
     lifeline.hold_to_parent(config.parent_fd)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading there is nothing to drain
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's; it stops us in order
+    set_process(config.worker_id)
     log = logs.set_up_logs(config.worker_id, log_format=config.log_format, level=config.log_level)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:

@@ -20,6 +20,9 @@ from dataclasses import asdict, dataclass, fields
 from turboserve.errors import ConfigError
 from turboserve.runtime.lifeline import json_fd, read_fd
 
+EXIT_DEVICE_LOST = 69
+"""Exit code of a worker whose device failed for good (EX_UNAVAILABLE): its sessions go on elsewhere."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -27,7 +30,9 @@ class WorkerConfig:
 
     `slots` is how many sessions fit in memory, `capacity` how many active ones the worker should be given.
     `weights_seed` asks for seeded random weights instead of the stored ones (tests). `ring_fd` is an inherited
-    frame ring; -1 lets the worker make its own of `ring_bytes`.
+    frame ring; -1 lets the worker make its own of `ring_bytes`. `arena_fd` is the node's arena, of which partition
+    `arena_partition` is this worker's; -1: sessions leave no recovery points. `recovery_every_chunks` is how often they
+    do; 0 takes what the model declares.
     """
 
     worker_id: str
@@ -45,6 +50,10 @@ class WorkerConfig:
     capacity: int = 4
     ring_fd: int = -1
     ring_bytes: int = 16 << 20
+    arena_fd: int = -1
+    arena_partition: int = 0
+    recovery_every_chunks: int = 0
+    prepared_keep_s: float = 30.0
     parent_fd: int = -1
     heartbeat_s: float = 0.5
     shutdown_timeout_s: float = 10.0
@@ -56,6 +65,8 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.capacity <= self.slots:
             raise ConfigError(f"capacity is {self.capacity}", expected=f"1 to {self.slots}, the number of slots")
+        if self.recovery_every_chunks < 0 or self.arena_partition < 0:
+            raise ConfigError("recovery_every_chunks and arena_partition must not be below 0")
         if self.log_format not in ("console", "json"):
             raise ConfigError(f"log_format is {self.log_format!r}", expected="console or json")
         if self.heartbeat_s <= 0 or self.shutdown_timeout_s < 0:

@@ -21,6 +21,7 @@ from turboserve.errors import AuthFailed, Conflict, Overloaded, ProtocolError
 from turboserve.runtime import channel, frame_ring
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
+from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.worker_books import CONTROLLER, GATEWAY, Action, Beat, Drop, Emit, Send, Stop
 from turboserve.runtime.worker_config import WorkerConfig
 from turboserve.runtime.worker_logic import WorkerLogic
@@ -29,6 +30,10 @@ RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
 RING_FULL_RETRY_S = 0.002
 _PAGE_BYTES = 4096
+_SAY = {
+    kind: f"worker.say.{kind.__name__}"
+    for kind in (m.SessionOpened, m.SessionSuspended, m.SessionPrepared, m.HandedOver, m.SessionReleased)
+}
 
 
 @dataclass(slots=True)
@@ -44,6 +49,9 @@ class Figures:
     resident: int = 0
     slots_free: int = 0
     device_bytes: int = 0
+    points: int = 0
+    points_refused: int = 0
+    point_s: float = 0.0
 
 
 class WorkerIO:
@@ -187,6 +195,8 @@ class WorkerIO:
         self._timer_changed.set()
 
     def _send(self, to: str, message: m.Message) -> None:
+        if (place := _SAY.get(type(message))) is not None:
+            failpoint(place)
         peer = self._channels.get(to)
         if peer is None:
             return  # it says hello again when it is back, and the logic then repeats what matters
@@ -220,8 +230,10 @@ class WorkerIO:
                     self._stop(0)
                     self._emits.clear()
                     return
+                failpoint("worker.emit.ring")
                 self._send(GATEWAY, _announcement(emit, chunk))
                 self._logic.did_emit(emit)
+                failpoint("worker.emit.sent")
             self._emits.popleft()
 
     def _header(self, emit: Emit, chunk: e.FinishedChunk) -> frame_ring.FrameHeader:
@@ -260,6 +272,9 @@ class WorkerIO:
             passes=figures.passes,
             device_bytes=figures.device_bytes,
             rss_bytes=resident_bytes(),
+            points=figures.points,
+            points_refused=figures.points_refused,
+            point_ms=1e3 * (figures.point_s - before.point_s) / max(1, figures.points - before.points),
         )
 
 

@@ -1,0 +1,277 @@
+"""Sessions that leave a worker as recovery points and come back elsewhere, to the bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from engine_harness import alone, prompt_of, request_of
+from point_harness import SLAB_BYTES, Node, run
+from tiny_model import TinyModel, session_id
+
+from turboserve.errors import ArenaFull, NotOffered, PoolExhausted, SessionPoisoned
+from turboserve.model.interface import ChunkRequest, Control, PromptSwitch
+from turboserve.runtime.engine import Engine
+from turboserve.runtime.kv_pool import KvPool
+from turboserve.runtime.worker_books import KEPT_CHUNKS
+from turboserve.runtime.worker_events import BrokenSession
+
+COUNT = 12
+
+
+@pytest.fixture
+def node():
+    one = Node()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def chain(deterministic):
+    return alone("b", COUNT)
+
+
+def seed_of(name):
+    return sum(name.encode())
+
+
+def begin(engine, name="b", epoch=1):
+    engine.open(session_id(name), seed_of(name), Control(prompt_of(name, 0)), epoch)
+
+
+def chunks(engine, indices, name="b"):
+    """Digests of chunks made one after the other."""
+    digests = []
+    for index in indices:
+        engine.submit(session_id(name), request_of(name, index), 1e9)
+        digests += [event.digest for event in run(engine)]
+    return digests
+
+
+@pytest.mark.parametrize("cut", range(COUNT))
+def test_a_session_goes_on_elsewhere_with_the_same_chain(node, chain, cut):
+    source, target = node.engine(TinyModel()), node.engine(TinyModel())
+    begin(source)
+    assert chunks(source, range(cut)) == chain[:cut]
+    source.save(session_id("b"))
+    source.close(session_id("b"))
+    assert source.pool.free_count == 4
+    restored = target.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert target.next_chunk_index(session_id("b")) == cut
+    assert [one.digest for one in restored.chunks] == chain[max(0, cut - KEPT_CHUNKS) : cut]
+    assert chunks(target, range(cut, COUNT)) == chain[cut:]
+
+
+def test_its_last_frames_come_with_it(node, chain):
+    source, target = node.engine(TinyModel()), node.engine(TinyModel())
+    begin(source)
+    for index in range(6):
+        source.submit(session_id("b"), request_of("b", index), 1e9)
+    made = run(source)
+    restored = target.restore(session_id("b"), seed_of("b"), epoch=2)
+    for before, after in zip(made[-KEPT_CHUNKS:], restored.chunks, strict=True):
+        assert after.frames.tobytes() == before.frames.tobytes()
+        same = {"chunk_index", "digest", "digest_prev", "steps", "prompt_version"}
+        assert {name: getattr(before, name) for name in same} == {name: getattr(after, name) for name in same}
+
+
+def test_a_dead_workers_session_goes_on_from_its_write_through(node, chain):
+    """No word of farewell: the source is simply not asked any more, in the middle of a chunk."""
+    source, target = node.engine(TinyModel()), node.engine(TinyModel())
+    begin(source)
+    chunks(source, range(5))
+    source.submit(session_id("b"), request_of("b", 5), 1e9)
+    source.run_pass()
+    target.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert target.next_chunk_index(session_id("b")) == 5
+    assert chunks(target, range(5, COUNT)) == chain[5:]
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_points_every_few_chunks_cost_a_few_chunks_again(node, chain, every):
+    source, target = node.engine(TinyModel(), every=every), node.engine(TinyModel(), every=every)
+    begin(source)
+    chunks(source, range(7))
+    assert source.stats.points == 7 // every
+    target.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert target.next_chunk_index(session_id("b")) == 7 // every * every
+    assert chunks(target, range(7 // every * every, COUNT)) == chain[7 // every * every :]
+
+
+def test_the_arena_holds_one_point_a_session_however_long_it_streams(node):
+    engine = node.engine(TinyModel())
+    begin(engine)
+    held = []
+    for index in range(30):
+        chunks(engine, [index])
+        held.append(node.committed_bytes())
+    assert len(set(held[6:])) == 1
+    assert node.store.drop(session_id("b")) == held[-1]
+    assert node.committed_bytes() == 0
+
+
+def test_a_new_owner_drops_what_the_one_before_left(node, chain):
+    source, target = node.engine(TinyModel()), node.engine(TinyModel())
+    begin(source)
+    chunks(source, range(6))
+    before = node.committed_bytes()
+    target.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert chunks(target, range(6, COUNT)) == chain[6:]
+    assert node.committed_bytes() == before
+    assert {one.epoch for one in node.arenas[0].find(session_id("b"))} <= {1, 2}  # the sink's page is the first owner's
+
+
+def test_a_zombie_that_goes_on_writing_does_no_harm(node, chain):
+    zombie, owner, third = (node.engine(TinyModel()) for _ in range(3))
+    begin(zombie)
+    chunks(zombie, range(5))
+    owner.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert chunks(owner, range(5, 7)) == chain[5:7]
+    assert chunks(zombie, range(5, 9)) == chain[5:9]  # it drops pages that the owner's point names
+    assert third.restore(session_id("b"), seed_of("b"), epoch=3) is not None
+    next_index = third.next_chunk_index(session_id("b"))
+    assert chunks(third, range(next_index, COUNT)) == chain[next_index:]
+    assert chunks(owner, range(7, COUNT)) == chain[7:]  # and the owner writes again what it misses
+
+
+def test_a_prepared_slot_is_read_ahead_and_only_the_rest_is_read_later(node, chain):
+    source, target = node.engine(TinyModel(), slots=1), node.engine(TinyModel(), slots=1)
+    begin(source)
+    chunks(source, range(5))
+    target.prepare(session_id("b"))
+    assert (target.pool.free_count, target.session_count) == (0, 1)
+    assert chunks(source, range(5, 8)) == chain[5:8]  # it generates on meanwhile
+    source.save(session_id("b"))
+    target.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert target.session_count == 1
+    assert chunks(target, range(8, COUNT)) == chain[8:]
+
+
+def test_a_prepared_slot_that_is_dropped_or_opened_anew_is_wiped(node, chain):
+    source, target = node.engine(TinyModel()), node.engine(TinyModel(), slots=1)
+    begin(source)
+    chunks(source, range(3))
+    target.prepare(session_id("b"))
+    target.prepare(session_id("b"))
+    with pytest.raises(PoolExhausted):
+        target.prepare(session_id("c"))
+    target.drop_prepared(session_id("b"))
+    assert target.pool.free_count == 1
+    target.prepare(session_id("b"))
+    begin(target, epoch=2)  # the model itself checks that its slot is wiped
+    assert chunks(target, range(4)) == chain[:4]
+
+
+def test_what_was_made_by_another_class_of_machine_is_not_gone_on_with(node):
+    source = node.engine(TinyModel())
+    begin(source)
+    chunks(source, range(3))
+    other, weights = node.engine(TinyModel(), numerics_id="m"), node.engine(TinyModel(seed=1))
+    for engine in (other, weights):
+        assert engine.restore(session_id("b"), seed_of("b"), epoch=2) is None
+        assert engine.pool.free_count == 4
+    assert source.restore(session_id("c"), 1, epoch=2) is None
+
+
+def test_a_full_arena_stops_no_stream_and_the_older_point_stays(chain):
+    # Room for a point of the first chunks only: pages, frames, prompt and point take a slab or more each.
+    node = Node(22 * SLAB_BYTES, workers=2)
+    engine = node.engine(TinyModel())
+    begin(engine)
+    assert chunks(engine, range(COUNT)) == chain
+    assert engine.stats.points_refused > 0
+    node.committed_bytes()
+    point = node.store.latest(session_id("b"))
+    assert 0 < point.chunk < COUNT
+    with pytest.raises(ArenaFull):
+        engine.save(session_id("b"))
+    other = Node.engine(node, TinyModel())
+    other.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert chunks(other, range(point.chunk, COUNT)) == chain[point.chunk :]
+    node.close()
+
+
+def test_a_session_that_did_nothing_is_not_written_again(node):
+    engine = node.engine(TinyModel())
+    begin(engine)
+    chunks(engine, range(3))
+    before = [one.id for one in node.arenas[0].find(session_id("b"))]
+    engine.save(session_id("b"))
+    assert [one.id for one in node.arenas[0].find(session_id("b"))] == before
+
+
+def test_adopting_gives_up_what_is_not_out_and_keeps_what_is(node, chain):
+    engine = node.engine(TinyModel())
+    begin(engine)
+    chunks(engine, range(3))
+    for index in (3, 4):
+        engine.submit(session_id("b"), request_of("b", index), 1e9)
+    engine.run_pass()
+    assert engine.adopt(session_id("b"), epoch=2) == 3
+    assert chunks(engine, range(3, 5)) == chain[3:5]
+    engine.submit(session_id("b"), request_of("b", 5), 1e9)
+    while not any(event.digest == chain[5] for event in engine.run_pass()):
+        pass
+    assert not engine.at_boundary(session_id("b"))
+    assert engine.adopt(session_id("b"), epoch=3) == 6
+    run(engine)
+    assert node.store.latest(session_id("b")).epoch == 3
+    assert chunks(engine, range(6, COUNT)) == chain[6:]
+
+
+def test_a_broken_session_leaves_its_last_good_point(node, chain):
+    model = TinyModel()
+    source, target = node.engine(model), node.engine(TinyModel())
+    model.faults[session_id("b"), 4] = "nan"
+    begin(source)
+    chunks(source, range(4))
+    source.submit(session_id("b"), request_of("b", 4), 1e9)
+    assert isinstance(run(source)[-1], BrokenSession)
+    with pytest.raises(SessionPoisoned):
+        source.save(session_id("b"))
+    target.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert chunks(target, range(4, COUNT)) == chain[4:]
+
+
+def test_without_an_arena_nothing_can_leave():
+    model = TinyModel()
+    engine = Engine(model, KvPool(model.state_layout(), 1))
+    begin(engine)
+    with pytest.raises(NotOffered):
+        engine.save(session_id("b"))
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5, 6])
+def test_shapes_moves_with_a_recache_before_or_after(deterministic, cut):
+    """A recache rewrites pages of finished chunks: the points after it must have the new ones."""
+    from turboserve.model.shapes.model import ShapesModel
+
+    model = ShapesModel.random()
+
+    def request(index: int) -> ChunkRequest:
+        prompt = "a red ball bounces" if index < 4 else "a blue square spins"
+        return ChunkRequest(index, 2, Control(prompt, 1 if index < 4 else 2), PromptSwitch.RECACHE)
+
+    def stream(engine, indices):
+        digests = []
+        for index in indices:
+            engine.submit(session_id("s"), request(index), 1e9)
+            digests += [event.digest for event in run(engine)]
+        return digests
+
+    node = Node(32 << 20, slab_bytes=64 << 10)
+    source, target = node.engine(model, slots=1), node.engine(model, slots=1)
+    undisturbed = Engine(model, KvPool(model.state_layout(), 1))
+    for engine in (undisturbed, source):
+        engine.open(session_id("s"), 7, request(0).control)
+    expected = stream(undisturbed, range(9))
+    assert stream(source, range(cut)) == expected[:cut]
+    target.restore(session_id("s"), 7, epoch=2)
+    a, b = source._sessions[session_id("s")].state, target._sessions[session_id("s")].state
+    assert (a.seed, a.control, a.next_chunk_index) == (b.seed, b.control, b.next_chunk_index)
+    assert json.dumps(a.scalars) == json.dumps(b.scalars)
+    scratch = model.spec.slot.page_of_chunk(cut)  # what the next chunk overwrites before it reads does not move
+    for page in {page for page, _ in model.spec.slot.resident_chunks(cut)} - {scratch}:
+        assert a.tensors["kv_cache"][:, :, page].equal(b.tensors["kv_cache"][:, :, page])
+    assert stream(target, range(cut, 9)) == expected[cut:]
+    node.close()

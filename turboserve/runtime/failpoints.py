@@ -1,0 +1,123 @@
+"""Named places where a test may break a process: `TURBOSERVE_FAILPOINTS="name:action[@N][,...]"`.
+
+    kill       SIGKILL to this process
+    stop       SIGSTOP: a zombie until somebody sends SIGCONT
+    raise      FailpointError
+    sleep=S    blocks the calling thread for S seconds
+    enospc     OSError(ENOSPC)
+
+`@N`: at the N-th time only, from 1; without it every time. `PROCESS/name` limits it to one process by the name that its
+log bears (w0, controller, gateway). The variable is read once, when this module is imported: nothing that a running
+process is sent can arm one, and unset, a failpoint is one test of an empty dict.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from turboserve.errors import ConfigError, TurboServeError
+
+VARIABLE = "TURBOSERVE_FAILPOINTS"
+
+FAILPOINTS: dict[str, str] = {
+    "worker.open.begun": "a slot is held, the session's first state not made",
+    "worker.open.read": "a point was read into the slot, SessionOpened not said",
+    "worker.chunk.emitted": "the engine has handed frames on, the context pass not run",
+    "worker.chunk.committed": "the context pass is done, no point written of it",
+    "worker.point.pages_written": "the point's pages lie in the arena, the point does not",
+    "worker.point.committed": "the point is committed, the one before not yet dropped",
+    "worker.stop.boundary": "told to suspend or hand over: at the boundary, before the last point",
+    "worker.stop.point": "the last point is committed, the slot not freed, nothing said",
+    "worker.stop.freed": "a suspend's slot is free, SessionSuspended not said",
+    "worker.prepare.slot": "a destination holds the slot, no page read",
+    "worker.prepare.read": "its pages are read ahead, SessionPrepared not said",
+    "worker.adopt": "a move was given up, the source takes its session back",
+    "worker.emit.ring": "frames lie in the ring, ChunkReady not sent",
+    "worker.emit.sent": "ChunkReady is sent",
+    "worker.say.SessionOpened": "before this message is sent; likewise the others of worker.say",
+    "worker.say.SessionSuspended": "",
+    "worker.say.SessionPrepared": "",
+    "worker.say.HandedOver": "",
+    "worker.say.SessionReleased": "",
+}
+"""Every failpoint there is, with where it stands; one that is armed and not here is refused at start."""
+
+
+class FailpointError(TurboServeError):
+    """What `raise` raises."""
+
+    code = "failpoint"
+
+
+@dataclass(slots=True)
+class _Armed:
+    action: str
+    sleep_s: float
+    at: int | None
+    process: str
+    hits: int = 0
+
+
+def parse(text: str) -> dict[str, list[_Armed]]:
+    """The variable's value; ConfigError for a name or an action that there is not."""
+    armed: dict[str, list[_Armed]] = {}
+    for part in filter(None, (one.strip() for one in text.split(","))):
+        where, _, action = part.partition(":")
+        process, _, name = where.rpartition("/")
+        action, _, number = action.partition("@")
+        action, _, seconds = action.partition("=")
+        if name not in FAILPOINTS:
+            raise ConfigError(f"{VARIABLE} names failpoint {name!r}", expected=f"one of {', '.join(FAILPOINTS)}")
+        try:
+            sleep_s = float(seconds) if action == "sleep" else 0.0
+            at = int(number) if number else None
+        except ValueError:
+            raise ConfigError(f"{VARIABLE}: {part!r}", expected="name:action[@N], as in a:sleep=0.5@3") from None
+        if action not in ("kill", "stop", "raise", "sleep", "enospc"):
+            raise ConfigError(f"{VARIABLE}: action {action!r}", expected="kill, stop, raise, sleep=S or enospc")
+        armed.setdefault(name, []).append(_Armed(action, sleep_s, at, process))
+    return armed
+
+
+_armed: Mapping[str, list[_Armed]] = parse(os.environ.get(VARIABLE, ""))
+_process = ""
+
+
+def set_process(name: str) -> None:
+    """What `PROCESS/` in the variable is compared with; each process says it once, at start."""
+    global _process
+    _process = name
+
+
+def failpoint(name: str) -> None:
+    """Break here if the environment says so."""
+    if _armed:
+        _hit(name)
+
+
+def _hit(name: str) -> None:
+    assert name in FAILPOINTS, name
+    for one in _armed.get(name, ()):
+        if one.process not in ("", _process):
+            continue
+        one.hits += 1
+        if one.at is None or one.hits == one.at:
+            _do(name, one)
+
+
+def _do(name: str, one: _Armed) -> None:
+    if one.action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif one.action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif one.action == "sleep":
+        time.sleep(one.sleep_s)
+    elif one.action == "enospc":
+        raise OSError(errno.ENOSPC, f"failpoint {name}")
+    else:
+        raise FailpointError(f"failpoint {name}")

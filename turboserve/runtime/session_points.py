@@ -1,0 +1,348 @@
+"""A held session into recovery points and back: which bytes, and how little of them each time.
+
+What a point consists of follows from the model's `state_layout` alone:
+
+- one *page* for each chunk that later ones can see: its slice of every APPEND_CHUNK field, written once when the chunk
+  is committed, and again after a recache (`HeldSession.pages_rewritten`);
+- one page for the PER_PROMPT fields, written when the prompt changes;
+- one page for the frames of each of the last KEPT_CHUNKS chunks, whether delivered or not: a gateway that is restarted
+  may ask for what it had already accepted;
+- the tail: every OVERWRITE field, anew in each point. SCRATCH is never written.
+
+Writing is a transaction: until the point is committed the one before it is whole, and a write that fails (no room)
+gives back what it took and leaves that one in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from turboserve.errors import CorruptState, NotFound
+from turboserve.model.interface import Control, SessionTensors, Update
+from turboserve.runtime.arena import ExtentId
+from turboserve.runtime.failpoints import failpoint
+from turboserve.runtime.recovery_store import PageRef, RecoveryPoint, RecoveryStore
+from turboserve.runtime.session_tensors import HeldSession
+from turboserve.runtime.snapshot import SnapshotShape
+from turboserve.runtime.worker_events import FinishedChunk
+
+log = logging.getLogger(__name__)
+
+READ_ATTEMPTS = 3
+_PAGE, _PROMPT, _FRAMES = "page", "prompt", "frames"
+
+
+@dataclass(frozen=True, slots=True)
+class PointIdentity:
+    """Points are read only by workers that would have made the same bits."""
+
+    model_hash: str
+    layout_hash: str
+    numerics_id: str
+
+
+class _KeptChunk(msgspec.Struct, array_like=True, frozen=True):
+    chunk_index: int
+    shape: tuple[int, int, int, int]
+    digest: str
+    digest_prev: str
+    steps: int
+    prompt_version: int
+
+
+class _Meta(msgspec.Struct, frozen=True):
+    """What a point says besides its bytes. `control` is (prompt, version)."""
+
+    model_hash: str
+    layout_hash: str
+    numerics_id: str
+    seed: int
+    control: tuple[str, int] | None
+    scalars: dict[str, Any]
+    chunks: list[_KeptChunk]
+
+
+@dataclass(slots=True)
+class _Written:
+    """What of one session lies in the store: the pages its latest point names."""
+
+    pages: dict[int, PageRef] = field(default_factory=dict)
+    rewrites: int = 0
+    frames: dict[int, PageRef] = field(default_factory=dict)
+    prompt: PageRef | None = None
+    prompt_of: Control | None = None
+    point: RecoveryPoint | None = None
+    first: bool = True
+    """No point was committed by this process yet: leftovers of former owners are still to be dropped."""
+
+    def refs(self) -> list[PageRef]:
+        prompt = [] if self.prompt is None else [self.prompt]
+        return [*self.pages.values(), *prompt, *self.frames.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A session as its point has it; the tensors are in their slot already."""
+
+    digest: str
+    chunks: tuple[FinishedChunk, ...]
+
+
+class SessionPoints:
+    """Writes and reads the recovery points of one worker's sessions. For the thread that owns the device."""
+
+    def __init__(self, store: RecoveryStore, shape: SnapshotShape) -> None:
+        self._store = store
+        self._shape = shape
+        self._identity = PointIdentity(shape.spec.model_hash, shape.layout_hash, shape.numerics_id)
+        self._prompted = [one for one in shape.tail_fields if one.update is Update.PER_PROMPT]
+        self._tail = [one for one in shape.tail_fields if one.update is Update.OVERWRITE]
+        self._written: dict[str, _Written] = {}
+
+    # ------------------------------------------------------------------ write
+
+    def write(self, session: HeldSession, epoch: int) -> RecoveryPoint:
+        """Bring the session's point up to date; it stands at a chunk boundary. ArenaFull: the point before it stays.
+
+        A session that did nothing since its last point gets that one again.
+        """
+        written = self._written.setdefault(session.session_id, _Written())
+        if session.saved and written.point is not None:
+            return written.point
+        try:
+            point = self._write(session, epoch, written)
+        except NotFound:
+            # Somebody dropped a page that the next point would have named: everything is written again.
+            self._written[session.session_id] = written = _Written()
+            point = self._write(session, epoch, written)
+        session.saved = True
+        return point
+
+    def _write(self, session: HeldSession, epoch: int, before: _Written) -> RecoveryPoint:
+        state, put = session.state, list[PageRef]()
+        now = _Written(rewrites=session.pages_rewritten, first=False)
+        try:
+            for chunk in self._shape.page_chunks(state.next_chunk_index):
+                ref = before.pages.get(chunk)
+                if ref is None or now.rewrites != before.rewrites:
+                    ref = self._put_page(state, epoch, chunk)
+                    put.append(ref)
+                now.pages[chunk] = ref
+            now.prompt, now.prompt_of = before.prompt, before.prompt_of
+            if self._prompted and (now.prompt is None or now.prompt_of != state.control):
+                now.prompt, now.prompt_of = self._put_prompt(state, epoch), state.control
+                put.append(now.prompt)
+            for kept in session.kept:
+                ref = before.frames.get(kept.chunk_index)
+                if ref is None:
+                    key = f"{_FRAMES}/{kept.chunk_index}"
+                    ref = self._store.put_page(state.session_id, epoch, key, kept.frames, chunk=kept.chunk_index)
+                    put.append(ref)
+                now.frames[kept.chunk_index] = ref
+            failpoint("worker.point.pages_written")
+            now.point = self._store.commit_point(
+                state.session_id,
+                epoch,
+                state.next_chunk_index,
+                pages=now.refs(),
+                tail=b"".join(_bytes_of(state.tensors[one.name]) for one in self._tail),
+                digest=bytes.fromhex(session.digest),
+                meta=self._meta(session),
+            )
+        except BaseException:
+            for ref in put:
+                self._store.arena.free(ref.extent)
+            raise
+        failpoint("worker.point.committed")
+        self._written[state.session_id] = now
+        self._drop_before(before, now)
+        return now.point
+
+    def _put_page(self, state: SessionTensors, epoch: int, chunk: int) -> PageRef:
+        key = f"{_PAGE}/{chunk}"
+        pending = self._store.begin_page(state.session_id, epoch, key, self._shape.page_bytes, chunk=chunk)
+        try:
+            at = 0
+            for view in self._page_views(state.tensors, chunk):
+                pending.reservation.write(at, _bytes_of(view))
+                at += view.nbytes
+            return pending.commit()
+        except BaseException:
+            pending.cancel()
+            raise
+
+    def _put_prompt(self, state: SessionTensors, epoch: int) -> PageRef:
+        data = b"".join(_bytes_of(state.tensors[one.name]) for one in self._prompted)
+        return self._store.put_page(state.session_id, epoch, _PROMPT, data, chunk=state.next_chunk_index)
+
+    def _meta(self, session: HeldSession) -> bytes:
+        state = session.state
+        chunks = [
+            _KeptChunk(one.chunk_index, _shape4(one.frames), one.digest, one.digest_prev, one.steps, one.prompt_version)
+            for one in session.kept
+        ]
+        meta = _Meta(
+            model_hash=self._identity.model_hash,
+            layout_hash=self._identity.layout_hash,
+            numerics_id=self._identity.numerics_id,
+            seed=state.seed,
+            control=None if state.control is None else (state.control.prompt, state.control.version),
+            scalars=state.scalars,
+            chunks=chunks,
+        )
+        return msgspec.msgpack.encode(meta)
+
+    def _drop_before(self, before: _Written, now: _Written) -> None:
+        assert now.point is not None
+        if before.first:
+            self._store.drop_older(now.point.session, now.point)
+            return
+        named = {ref.extent for ref in now.refs()}
+        if before.point is not None:
+            self._store.arena.free(before.point.extent)
+        for ref in before.refs():
+            if ref.extent not in named:
+                self._store.arena.free(ref.extent)
+
+    def forget(self, session_id: str) -> None:
+        """The session is not this worker's any more. What lies in the store is its next owner's."""
+        self._written.pop(session_id, None)
+
+    # ------------------------------------------------------------------ read
+
+    def read_pages(self, session_id: str, tensors: Mapping[str, torch.Tensor]) -> dict[int, ExtentId]:
+        """Read ahead what pages the newest point has, into a slot; which chunk's page there is of which extent."""
+        loaded: dict[int, ExtentId] = {}
+        point = self._store.latest(session_id)
+        for ref in point.pages if point is not None else ():
+            if ref.key.startswith(_PAGE):
+                try:
+                    self._load_page(tensors, ref)
+                except (NotFound, CorruptState):
+                    continue  # its owner went on meanwhile and dropped it
+                loaded[ref.chunk] = ref.extent
+        return loaded
+
+    def read(self, state: SessionTensors, loaded: Mapping[int, ExtentId]) -> Restored | None:
+        """Bring `state`, in a slot of its own, to its newest point; None when there is none that fits this worker.
+
+        `loaded` says which pages were read ahead into the slot.
+        """
+        for _ in range(READ_ATTEMPTS):
+            point = self._store.latest(state.session_id)
+            if point is None:
+                return None
+            meta = self._fitting(state, point)
+            if meta is None:
+                return None
+            try:
+                return self._read(state, point, meta, loaded)
+            except (NotFound, CorruptState) as error:
+                log.warning("recovery point of %s ended while it was read: %s", state.session_id, error)
+        return None
+
+    def _fitting(self, state: SessionTensors, point: RecoveryPoint) -> _Meta | None:
+        try:
+            meta = msgspec.msgpack.decode(point.meta, type=_Meta)
+        except msgspec.MsgspecError as error:
+            log.warning("recovery point of %s does not say what it is: %s", point.session, error)
+            return None
+        found = PointIdentity(meta.model_hash, meta.layout_hash, meta.numerics_id)
+        if found != self._identity or meta.seed != state.seed:
+            log.warning("recovery point of %s is of %s, this worker is %s", point.session, found, self._identity)
+            return None
+        return meta
+
+    def _read(
+        self, state: SessionTensors, point: RecoveryPoint, meta: _Meta, loaded: Mapping[int, ExtentId]
+    ) -> Restored:
+        written = _Written(point=point)
+        frames: dict[int, bytes] = {}
+        for ref in point.pages:
+            kind = ref.key.split("/")[0]
+            if kind == _PAGE:
+                if loaded.get(ref.chunk) != ref.extent:
+                    self._load_page(state.tensors, ref)
+                written.pages[ref.chunk] = ref
+            elif kind == _PROMPT:
+                _fill([state.tensors[one.name] for one in self._prompted], self._bytes(ref))
+                written.prompt = ref
+            else:
+                frames[ref.chunk] = self._bytes(ref)
+                written.frames[ref.chunk] = ref
+        _fill([state.tensors[one.name] for one in self._tail], b"".join(self._store.read_tail(point)))
+        if self._store.arena.get(point.extent.id) is None:
+            raise NotFound("the point was dropped")
+        state.next_chunk_index = point.chunk
+        state.control = None if meta.control is None else Control(*meta.control)
+        state.scalars = dict(meta.scalars)
+        written.prompt_of = state.control
+        self._written[state.session_id] = written
+        chunks = tuple(_chunk(state.session_id, one, frames[one.chunk_index]) for one in meta.chunks)
+        return Restored(point.digest.hex(), chunks)
+
+    def _bytes(self, ref: PageRef) -> bytes:
+        """A private copy, of an extent that was still there afterwards (its bytes were verified by `latest`)."""
+        data = b"".join(self._store.read_page(ref, verify=False))
+        if self._store.arena.get(ref.extent) is None:
+            raise NotFound(f"page {ref.key} was dropped")
+        return data
+
+    def _load_page(self, tensors: Mapping[str, torch.Tensor], ref: PageRef) -> None:
+        _fill(self._page_views(tensors, ref.chunk), self._bytes(ref))
+
+    def _page_views(self, tensors: Mapping[str, torch.Tensor], chunk: int) -> list[torch.Tensor]:
+        """A chunk's slice of every paged field, where it lies."""
+        page = self._shape.spec.slot.page_of_chunk(chunk)
+        views = []
+        for one in self._shape.page_fields:
+            assert one.page_axis is not None
+            views.append(tensors[one.name].select(one.page_axis, page))
+        return views
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, row-major, in host memory; a view where they lie so already."""
+    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def _fill(tensors: Sequence[torch.Tensor], data: bytes) -> None:
+    """Bytes laid end to end, back into tensors. CorruptState when they are too few or too many."""
+    if sum(one.nbytes for one in tensors) != len(data):
+        raise CorruptState(f"{len(data)} B of state", expected=f"{sum(one.nbytes for one in tensors)} B")
+    at = 0
+    for one in tensors:
+        if one.nbytes:
+            raw = torch.frombuffer(bytearray(data[at : at + one.nbytes]), dtype=one.dtype)
+            one.copy_(raw.reshape(one.shape))
+        at += one.nbytes
+
+
+def _shape4(frames: np.ndarray) -> tuple[int, int, int, int]:
+    count, height, width, channels = frames.shape
+    return count, height, width, channels
+
+
+def _chunk(session_id: str, kept: _KeptChunk, data: bytes) -> FinishedChunk:
+    """A chunk as its first maker finished it; its durations were reported then."""
+    frames = np.frombuffer(data, np.uint8).reshape(kept.shape)
+    return FinishedChunk(
+        session_id=session_id,
+        chunk_index=kept.chunk_index,
+        frames=frames,
+        digest=kept.digest,
+        digest_prev=kept.digest_prev,
+        steps=kept.steps,
+        prompt_version=kept.prompt_version,
+        wait_s=0.0,
+        denoise_s=0.0,
+        decode_s=0.0,
+        batch_size=1.0,
+    )

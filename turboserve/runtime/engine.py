@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -34,9 +34,11 @@ from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.pass_timer import PassTimer
 from turboserve.runtime.ranges import span
-from turboserve.runtime.session_points import SessionPoints
 from turboserve.runtime.session_tensors import ChunkWork, HeldSession
 from turboserve.runtime.worker_events import BrokenSession, FinishedChunk, PassEvent
+
+if TYPE_CHECKING:
+    from turboserve.runtime.session_points import SessionPoints
 
 Emit: TypeAlias = Callable[[PassEvent], None]
 

@@ -11,14 +11,17 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from turboserve.errors import ArenaFull, Conflict, NotFound, NotOffered, SessionPoisoned
 from turboserve.model.interface import ChunkRequest, Control, SessionTensors, StreamingModel
-from turboserve.runtime.arena import ExtentId
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.kv_pool import KvPool
-from turboserve.runtime.session_points import Restored, SessionPoints
 from turboserve.runtime.session_tensors import HeldSession, QueuedChunk, hold_session
+
+if TYPE_CHECKING:
+    from turboserve.runtime.arena import ExtentId
+    from turboserve.runtime.session_points import Restored, SessionPoints
 
 log = logging.getLogger(__name__)
 

@@ -310,7 +310,7 @@ class SessionPoints:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes, row-major, in host memory; a view where they lie so already."""
-    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _fill(tensors: Sequence[torch.Tensor], data: bytes) -> None:

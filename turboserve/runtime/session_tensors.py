@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from turboserve.model.interface import ChunkRequest, Control, Segment, SessionTensors, StreamingModel
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.kv_pool import KvPool
-from turboserve.runtime.worker_books import KEPT_CHUNKS
-from turboserve.runtime.worker_events import FinishedChunk
+from turboserve.runtime.worker_events import KEPT_CHUNKS, FinishedChunk
 
 
 @dataclass(slots=True)

@@ -10,10 +10,10 @@ from typing import TypeAlias
 from turboserve.model.interface import ChunkRequest, Control, PromptSwitch
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
+from turboserve.runtime.worker_events import KEPT_CHUNKS as KEPT_CHUNKS
 
 CONTROLLER = "controller"
 GATEWAY = "gateway"
-KEPT_CHUNKS = 4
 EARLY_CREDITS_MAX = 2 * KEPT_CHUNKS
 """Credits that may wait for an opening or a stop to be done."""
 _FENCES_KEPT = 65536

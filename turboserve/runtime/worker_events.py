@@ -10,6 +10,9 @@ from turboserve.model.interface import ChunkRequest, Control
 if TYPE_CHECKING:
     import numpy as np
 
+KEPT_CHUNKS = 4
+"""How many of a session's last chunks keep their frames on its worker and in its recovery points."""
+
 # ---------------------------------------------------------------- engine -> logic
 
 

@@ -30,7 +30,7 @@ RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
 RING_FULL_RETRY_S = 0.002
 _PAGE_BYTES = 4096
-_SAY = {
+_SAY: dict[type[m.Message], str] = {
     kind: f"worker.say.{kind.__name__}"
     for kind in (m.SessionOpened, m.SessionSuspended, m.SessionPrepared, m.HandedOver, m.SessionReleased)
 }

@@ -8,61 +8,53 @@ is not here yet, and asking for it says so.
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from turboserve.cli.options import console, json_option, print_json
 from turboserve.errors import ConfigError
 
+ARCHES = ("80", "90", "100", "103", "120")
 
-@click.command()
-@click.option("--compile-only", is_flag=True, help="Compile ahead of time; no GPU needed.")
-@click.option(
-    "--arch",
-    "arches",
-    multiple=True,
-    type=click.Choice(["80", "90", "100", "103", "120"]),
-    help="Default: 80, 90 and 100.",
-)
-@click.option("--case", "pattern", default="*", metavar="GLOB", help="Only kernels whose name matches.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows to this JSON file.")
-@json_option
-def command(compile_only: bool, arches: tuple[str, ...], pattern: str, out: Path | None, as_json: bool) -> int:
-    """What the kernels compile to: registers, spills, shared memory, instructions."""
-    if not compile_only:
-        raise ConfigError("kernel timing on a device does not exist yet", expected="--compile-only")
+
+def compile_rows(arches: Iterable[int], pattern: str) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """(rows, what is wrong with them, what could not be compiled here and why)."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ConfigError(
             "TRITON_INTERPRET is set; interpreted kernels cannot be compiled", hint="unset TRITON_INTERPRET"
         )
-    from turboserve.kernels import aot
+    from turboserve.kernels import aot, extents_cupy
 
-    rows, wrong = [], []
-    chosen = [(int(arch), case) for arch in arches or ("80", "90", "100") for case in aot.cases(int(arch))]
-    chosen = [(arch, case) for arch, case in chosen if fnmatch.fnmatch(case.kernel, pattern)]
-    if not chosen:
+    rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    skipped: list[str] = []
+    chosen = [(arch, case) for arch in arches for case in aot.cases(arch) if fnmatch.fnmatch(case.kernel, pattern)]
+    twins = [(arch, name) for arch in arches for name in extents_cupy.KERNELS]
+    twins = [(arch, name) for arch, name in twins if fnmatch.fnmatch(f"{name}_cupy", pattern)]
+    if not chosen and not twins:
         raise ConfigError(f"no kernel matches {pattern!r}", expected="a name or pattern like 'attn*'")
     for arch, case in _progress(chosen):
         row = aot.compile_row(case, arch)
         rows.append(row)
         wrong += aot.problems(row, case)
-    if out is not None:
-        import json
-
-        out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    if as_json:
-        print_json({"rows": rows, "problems": wrong})
-    else:
-        _print_table(rows)
-    for line in wrong:
-        click.echo(line, err=True)
-    return 1 if wrong else 0
+    for arch, name in twins:
+        try:
+            case, row = aot.cuda_source_row(name, arch)
+        except ConfigError as error:
+            skipped.append(f"{name}_cupy sm_{arch}: {error}")
+            continue
+        rows.append(row)
+        wrong += aot.problems(row, case)
+    return rows, wrong, skipped
 
 
-def _progress(chosen: list) -> object:
+def _progress(chosen: list[Any]) -> Iterable[Any]:
     if not sys.stderr.isatty():
         return chosen
     from rich.progress import track
@@ -70,7 +62,7 @@ def _progress(chosen: list) -> object:
     return track(chosen, description="compiling", console=console())
 
 
-def _print_table(rows: list[dict]) -> None:
+def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -83,3 +75,26 @@ def _print_table(rows: list[dict]) -> None:
             str(row["shared_bytes"]), str(ops["tensor_core"]), f"{ops['load_128']}/{ops['store_128']}",
         )  # fmt: skip
     console().print(table)
+
+
+@click.command()
+@click.option("--compile-only", is_flag=True, help="Compile ahead of time; no GPU needed.")
+@click.option("--arch", "arches", multiple=True, type=click.Choice(ARCHES), help="Default: all of them.")
+@click.option("--case", "pattern", default="*", metavar="GLOB", help="Only kernels (or cases) whose name matches.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows to this JSON file.")
+@json_option
+def command(compile_only: bool, arches: tuple[str, ...], pattern: str, out: Path | None, as_json: bool) -> int:
+    """What the kernels compile to: registers, spills, shared memory, instructions."""
+    if not compile_only:
+        raise ConfigError("kernel timing on a device does not exist yet", expected="--compile-only")
+    rows, wrong, skipped = compile_rows([int(one) for one in arches or ARCHES], pattern)
+    found = {"rows": rows, "problems": wrong, "skipped": skipped}
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    if as_json:
+        print_json(found)
+    else:
+        _print_table(rows)
+    for line in [*wrong, *skipped]:
+        click.echo(line, err=True)
+    return 1 if wrong else 0

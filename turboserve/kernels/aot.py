@@ -8,17 +8,19 @@ wheel). Must run where TRITON_INTERPRET is not set: the interpreter's functions 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from turboserve.errors import ConfigError
+from turboserve.kernels.aot_cases import AotCase, cases
 
-ARCHES = (80, 90, 100)
+# Every arch that the shipped table is held to; Triton 3.6 and 3.7 compile for all of them.
+ARCHES = (80, 90, 100, 103, 120)
 SHARED_BYTES_MAX = {80: 166_912, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+__all__ = ["ARCHES", "AotCase", "cases", "compile_row", "cuda_source_row", "problems"]
 # Groups of SASS opcodes by what their presence proves.
 _OPCODES = {
     "tensor_core": r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b",
@@ -26,178 +28,11 @@ _OPCODES = {
     "store_128": r"\bSTG\.E(\.\w+)*\.128\b",
     "store_16": r"\bSTG\.E(\.\w+)*\.U16\b",
     "async_copy": r"\b(LDGSTS|UTMALDG|UBLKCP)\b",
+    "tma_load": r"\bUTMALDG\b",
+    "register_realloc": r"\bUSETMAXREG\b",
     "local_load": r"\bLDL\b",
     "local_store": r"\bSTL\b",
 }
-# (WITH_GATE, WITH_NORM, AFFINE) of the residual kernel's forms.
-_RESIDUALS = {
-    "gated_residual": (True, False, False),
-    "gated_residual_norm": (True, True, False),
-    "residual_norm": (False, True, False),
-    "gated_residual_affine": (True, True, True),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class AotCase:
-    """One kernel at one configuration. `signature` maps argument to Triton type; constants are the constexprs."""
-
-    kernel: str
-    config: str
-    fn: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int = 3
-    memory_bound: bool = True
-    wide: bool = True
-    """Whether its accesses must be 128 bits wide: not so for the little `shapes` sizes."""
-    aligned: tuple[str, ...] = field(default=())
-    """Arguments that the launcher would find divisible by 16: pointers, row strides."""
-
-
-def cases(arch: int) -> Iterator[AotCase]:
-    """All shipped kernels for an arch, at the sizes of the Wan family and of `shapes`."""
-    from turboserve.kernels import attention, extents, norm, rope
-
-    for head_dim in (32, 64, 128):
-        import torch
-
-        tile = attention.tile_config(arch, head_dim, torch.bfloat16)
-        yield AotCase(
-            "attn_varlen_slot",
-            f"D{head_dim} {tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages} bf16",
-            attention._attn_varlen_slot_kernel,
-            {
-                **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
-                "work_ptr": "*i32",
-                "places_ptr": "*i64",
-                **dict.fromkeys(("stride_q_row", "stride_k_token", "stride_v_token"), "i32"),
-                "qk_scale_log2": "fp32",
-            },
-            {"UNIT": 8, "HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "UPCAST": False},
-            tile.num_warps,
-            tile.num_stages,
-            memory_bound=False,
-            aligned=("stride_q_row", "stride_k_token", "stride_v_token"),
-        )
-    for channels in (192, 1536, 5120):
-        rows, block, warps = norm.row_block(channels)
-        tables = dict.fromkeys(("shift_ptr", "scale_ptr"), "*fp32")
-        numbers = {"row_count": "i32", "channels": "i32", "stride_table": "i32", "eps": "fp32"}
-        constants = {"ROWS": rows, "BLOCK": block}
-        yield AotCase(
-            "layer_norm_modulate",
-            f"C{channels} rows{rows} w{warps} bf16",
-            norm._layer_norm_modulate_kernel,
-            {"x_ptr": "*bf16", **tables, "level_ptr": "*i32", "out_ptr": "*bf16", **numbers},
-            constants,
-            warps,
-            aligned=("channels", "stride_table"),
-        )
-        for name, flags in _RESIDUALS.items():
-            yield AotCase(
-                name,
-                f"C{channels} rows{rows} w{warps} bf16",
-                norm._gated_residual_kernel,
-                {
-                    **dict.fromkeys(("x_ptr", "y_ptr"), "*bf16"),
-                    "gate_ptr": "*fp32",
-                    **tables,
-                    "level_ptr": "*i32",
-                    **dict.fromkeys(("residual_ptr", "out_ptr"), "*bf16"),
-                    "stride_gate": "i32",
-                    **numbers,
-                },
-                constants | dict(zip(("WITH_GATE", "WITH_NORM", "AFFINE"), flags, strict=True)),
-                warps,
-                aligned=("channels", "stride_gate", "stride_table"),
-            )
-        yield AotCase(
-            "rms_norm",
-            f"C{channels} rows{rows} w{warps} bf16",
-            norm._rms_norm_kernel,
-            {
-                **dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), "*bf16"),
-                "row_count": "i32",
-                "channels": "i32",
-                "eps": "fp32",
-            },
-            constants,
-            warps,
-            aligned=("channels",),
-        )
-    for heads, head_dim in ((6, 32), (12, 128), (40, 128)):
-        import triton
-
-        half = head_dim // 2
-        yield AotCase(
-            "qk_norm_rope_append",
-            f"H{heads} D{head_dim} bf16",
-            rope._qk_norm_rope_append_kernel,
-            {
-                **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr"), "*bf16"),
-                **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
-                **dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*bf16"),
-                "places_ptr": "*i64",
-                "out_ptr": "*bf16",
-                "channels": "i32",
-                "stride_in": "i32",
-                "eps": "fp32",
-                "heads": "i32",
-            },
-            {
-                "ROTATE_KEYS": True,
-                "UNIT": 8,
-                "HALF": half,
-                "HEADS": triton.next_power_of_2(heads),
-                "PAIRS": triton.next_power_of_2(half),
-            },
-            rope.warp_count(heads * head_dim),
-            wide=heads * head_dim >= 1024,
-            aligned=("channels", "stride_in"),
-        )
-        yield AotCase(
-            "gather_keys",
-            f"H{heads} D{head_dim} bf16",
-            rope._gather_keys_kernel,
-            {
-                **dict.fromkeys(("cache_ptr", "out_ptr"), "*bf16"),
-                "places_ptr": "*i64",
-                **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
-                "channels": "i32",
-                "heads": "i32",
-            },
-            {
-                "ROTATE": True,
-                "UNIT": 8,
-                "HALF": half,
-                "HEADS": triton.next_power_of_2(heads),
-                "PAIRS": triton.next_power_of_2(half),
-            },
-            rope.warp_count(heads * head_dim),
-            wide=heads * head_dim >= 1024,
-            aligned=("channels",),
-        )
-    for gather in (True, False):
-        yield AotCase(
-            "gather_extents" if gather else "scatter_extents",
-            f"{extents.BLOCK_WORDS} words w8",
-            extents._extents_kernel,
-            {"packed_ptr": "*i32", "wide_ptr": "*i32", "starts_ptr": "*i64", "extent_words": "i32"},
-            {"GATHER": gather, "BLOCK": extents.BLOCK_WORDS},
-            8,
-            aligned=("extent_words",),
-        )
-    yield AotCase(
-        "block_checksum",
-        f"{extents.CHECKSUM_WORDS} words w8",
-        extents._checksum_kernel,
-        {"data_ptr": "*i32", "out_ptr": "*i64", "block_words": "i32", "prime": "u32"},
-        {"BLOCK": extents.CHECKSUM_WORDS},
-        8,
-        aligned=("block_words",),
-    )
 
 
 def compile_row(case: AotCase, arch: int) -> dict[str, Any]:
@@ -208,6 +43,7 @@ def compile_row(case: AotCase, arch: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     if not isinstance(case.fn, triton.runtime.JITFunction):
         raise ConfigError("TRITON_INTERPRET is set; its functions cannot be compiled", hint="unset TRITON_INTERPRET")
@@ -220,26 +56,50 @@ def compile_row(case: AotCase, arch: int) -> dict[str, Any]:
         if name in case.aligned or signature[name].startswith("*")
     }
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    source = ASTSource(fn=case.fn, signature=signature, constexprs=constants, attrs=attrs)
+    kind = GluonASTSource if case.fn.is_gluon() else ASTSource
+    source = kind(fn=case.fn, signature=signature, constexprs=constants, attrs=attrs)
     built = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages},
     )
-    usage, sass = _inspect(built.asm["cubin"])
+    return _row(case, arch, built.asm["cubin"], int(built.metadata.shared))
+
+
+def cuda_source_row(kernel: str, arch: int) -> tuple[AotCase, dict[str, Any]]:
+    """The CUDA C twin `kernel` of extents_cupy.py, compiled by this machine's nvcc. ConfigError where there is none."""
+    from turboserve.kernels import extents_cupy
+
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise ConfigError("no nvcc on the PATH", hint="install the CUDA toolkit to check the CUDA C twins")
+    case = AotCase(f"{kernel}_cupy", f"{extents_cupy.THREADS} threads uint4", None, {}, {}, extents_cupy.THREADS // 32)
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "extents.cu", Path(folder) / "extents.cubin"
+        source.write_text(extents_cupy.SOURCE)
+        flags = ["-cubin", f"-arch=sm_{arch}", "--std=c++17", *extents_cupy.DEFINES, "-o", str(cubin)]
+        done = subprocess.run([nvcc, *flags, str(source)], capture_output=True, text=True)
+        if done.returncode:
+            raise ConfigError(f"nvcc does not compile {kernel} for sm_{arch}: {done.stderr.strip()[-400:]}")
+        return case, _row(case, arch, cubin.read_bytes(), 0, function=kernel)
+
+
+def _row(case: AotCase, arch: int, cubin: bytes, shared_bytes: int, function: str = "") -> dict[str, Any]:
+    usage, sass = _inspect(cubin, function)
     return {
         "kernel": case.kernel,
         "config": case.config,
         "arch": arch,
         "registers": usage["REG"],
         "spill_bytes": usage["STACK"],
-        "shared_bytes": int(built.metadata.shared),
+        "shared_bytes": shared_bytes,
         "instructions": {name: len(re.findall(pattern, sass)) for name, pattern in _OPCODES.items()},
     }
 
 
-def _inspect(cubin: bytes) -> tuple[dict[str, int], str]:
-    """Resource usage and disassembly of a cubin. STACK counts bytes a thread keeps in local memory: its spills."""
+def _inspect(cubin: bytes, function: str = "") -> tuple[dict[str, int], str]:
+    """Resource usage and disassembly of a cubin's one function, or of the one named. STACK counts bytes a thread keeps
+    in local memory: its spills."""
     tool = _cuobjdump()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -247,7 +107,10 @@ def _inspect(cubin: bytes) -> tuple[dict[str, int], str]:
         usage = subprocess.run(
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        only = ["-fun", function] if function else []
+        sass = subprocess.run([tool, "-sass", *only, file.name], capture_output=True, text=True, check=True).stdout
+    if function:
+        usage = usage[usage.index(f"Function {function}:") :].split("Function", 2)[1]
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return found, sass
 
@@ -272,6 +135,8 @@ def problems(row: dict[str, Any], case: AotCase) -> list[str]:
         found.append(f"{name}: {row['shared_bytes']} bytes of shared memory")
     if not case.memory_bound and not ops["tensor_core"]:
         found.append(f"{name}: no tensor-core instruction")
+    if case.warp_specialised and not (ops["register_realloc"] and ops["tma_load"]):
+        found.append(f"{name}: warp groups do not trade registers or use no TMA")
     stores = row["kernel"] != "block_checksum"  # one number a block is stored
     if case.memory_bound and case.wide and not (ops["load_128"] and (ops["store_128"] or not stores)):
         found.append(f"{name}: memory accesses are not 128 bits wide")

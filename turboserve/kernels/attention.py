@@ -46,6 +46,10 @@ TILES: dict[tuple[int, int], TileConfig] = {
     (100, 128): TileConfig(128, 64, 8, 2),
     (100, 64): TileConfig(128, 64, 8, 2),
     (100, 32): TileConfig(128, 64, 4, 3),
+    # Consumer Blackwell has the shared memory of Ada and mma.sync, not tcgen05.
+    (120, 128): TileConfig(128, 32, 8, 2),
+    (120, 64): TileConfig(128, 64, 8, 2),
+    (120, 32): TileConfig(128, 64, 4, 3),
 }
 # float32 is for checks, not for speed: small tiles that fit any device's shared memory.
 TILES_FLOAT32 = TileConfig(64, 32, 4, 2)

@@ -84,6 +84,16 @@ def test_frame_ring_bench_end_to_end(tmp_path, monkeypatch):
     assert "against" in result.stderr
 
 
+def test_scheduler_loops_bench_holds_the_twins_equal(tmp_path):
+    out = tmp_path / "rows.json"
+    chosen = ["--rounds", "3", "--no-largest", "--out", str(out)]
+    result = CliRunner().invoke(main, ["bench", "scheduler-loops", *chosen])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert {one["case"].partition("/")[2] for one in rows} == {"survey", "lightest", "best-cap", "movable"}
+    assert all(one["max_rel_err"] == 0.0 and one["checked"] for one in rows)
+
+
 def test_a_folder_gets_a_file_with_the_machines_name(tmp_path, monkeypatch):
     monkeypatch.setattr(frame_ring_bench, "SHAPES", [(1, 4, 4)])
     chosen = ["--case", "*/push-pop/Python*", "--rounds", "3", "--out", str(tmp_path)]

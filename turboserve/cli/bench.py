@@ -14,6 +14,7 @@ BENCHES: dict[str, str] = {
     "coalescing": "Many sessions in shared passes, against one at a time.",
     "frame-ring": "Chunks from worker to gateway: shared memory against pickles.",
     "kernels": "What the GPU kernels compile to, without a GPU.",
+    "scheduler-loops": "The scheduler's numba loops, against plain Python.",
 }
 
 

@@ -1,6 +1,6 @@
 """What a viewer of the page gets, measured in Chromium: time to the first pixel, words to picture, smoothness.
 
-    python -m turboserve.bench.page --attaches 50 --switches 40 --watch-s 300 --out bench/results/page.json
+    turboserve bench page --attaches 50 --switches 40 --watch-s 300 --out bench/results/page.json
 
 Starts a server of its own unless `--url` names one. All times are taken inside the page with its own clock: from the
 attach message (or the key press) to the return of the `drawImage` call that changes the canvas. The display adds up to
@@ -178,14 +178,14 @@ def commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
-@click.command()
+@click.command("page")
 @click.option("--url", help="A running server without keys.  [default: starts one]")
 @click.option("--attaches", default=50, show_default=True)
 @click.option("--switches", default=40, show_default=True)
 @click.option("--watch-s", default=300.0, show_default=True, help="Seconds to watch one stream, and then four.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path))
-def main(url: str | None, attaches: int, switches: int, watch_s: float, seed: int, out: Path | None) -> None:
+def command(url: str | None, attaches: int, switches: int, watch_s: float, seed: int, out: Path | None) -> None:
     """Measure the page in headless Chromium; rows as JSON."""
     rows: list[dict[str, Any]] = []
     load_before = os.getloadavg()[0]
@@ -228,4 +228,4 @@ def _cpu() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command()

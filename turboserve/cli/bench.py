@@ -15,6 +15,8 @@ BENCHES: dict[str, str] = {
     "frame-ring": "Chunks from worker to gateway: shared memory against pickles.",
     "kernels": "What the GPU kernels compile to, without a GPU.",
     "scheduler-loops": "The scheduler's numba loops, against plain Python.",
+    "page": "What a viewer of the page gets, in Chromium.",
+    "serve": "A server under the load of a trace, as its viewers see it.",
 }
 
 

@@ -125,6 +125,8 @@ class Catalogue:
             "max_chunks": spec.max_chunks,
             "formats": ["h264", "jpeg", "mp4", "raw"],
             "playback_rate": self._config.playback_rate,
+            # Of live streams, in seconds by the wall clock.
+            "live": {"chunk_s": self.clock.chunk_s, "chunk_target_s": self.clock.chunk_target_s},
         }
 
 

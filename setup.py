@@ -7,11 +7,13 @@ and a failed build errors (CI sets it); TURBOSERVE_NO_NATIVE=1 leaves the extens
 
 import os
 import sys
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wno-sign-conversion"]
+SOURCES = ["bindings", "bindings_state", "checksum", "copy_engine", "cuda_runtime", "frame_ring", "pinned_arena"]
 STRICT = os.environ.get("TURBOSERVE_WERROR") == "1"
 
 
@@ -28,22 +30,22 @@ class BuildOrGoWithout(build_ext):
         except Exception as error:  # compilers fail in many types; every one of them means "no extension"
             if STRICT:
                 raise
-            say(f"csrc/ was not built ({error}); the frame ring will use its Python twin")
+            say(f"csrc/ was not built ({error}); their Python twins will do the work")
 
 
 def native_extensions() -> list[Extension]:
     if os.environ.get("TURBOSERVE_NO_NATIVE") == "1":
-        say("TURBOSERVE_NO_NATIVE=1: csrc/ is not built; the frame ring will use its Python twin")
+        say("TURBOSERVE_NO_NATIVE=1: csrc/ is not built; their Python twins will do the work")
         return []
     try:
         import pybind11
     except ImportError:
-        say("no pybind11: csrc/ is not built; the frame ring will use its Python twin")
+        say("no pybind11: csrc/ is not built; their Python twins will do the work")
         return []
     extension = Extension(
         "turboserve._native",
-        ["csrc/bindings.cpp", "csrc/frame_ring.cpp"],
-        depends=["csrc/frame_ring.h"],
+        [f"csrc/{name}.cpp" for name in SOURCES],
+        depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
         language="c++",
         # pybind11 comes as a system header, so that every warning is about our own lines.
         extra_compile_args=[

@@ -3,9 +3,11 @@
 
 #include <memory>
 
+#include "bindings.h"
 #include "frame_ring.h"
 
 namespace py = pybind11;
+using turboserve::BufferView;
 using turboserve::Mapping;
 using turboserve::RecordHeader;
 using turboserve::RingError;
@@ -14,24 +16,6 @@ namespace {
 
 // Below this a copy is shorter than the wait for a contended interpreter lock.
 constexpr std::uint64_t kReleaseGilBytes = 64 * 1024;
-
-// A borrowed C-contiguous buffer, given back on every way out.
-class BufferView {
- public:
-  BufferView(const py::object& owner, bool writable) {
-    if (PyObject_GetBuffer(owner.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) {
-      throw py::error_already_set();
-    }
-  }
-  ~BufferView() { PyBuffer_Release(&view_); }
-  BufferView(const BufferView&) = delete;
-  BufferView& operator=(const BufferView&) = delete;
-  void* data() const { return view_.buf; }
-  std::uint64_t bytes() const { return static_cast<std::uint64_t>(view_.len); }
-
- private:
-  Py_buffer view_{};
-};
 
 // One end of a ring, used by one thread at a time: copies run without the interpreter lock, so a second thread
 // could otherwise push into the same place or unmap the memory under a copy. All else here runs under that lock,
@@ -146,10 +130,12 @@ void raise_typed(std::exception_ptr raised) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Compiled parts of TurboServe: the frame ring. turboserve.runtime.frame_ring is its public face.";
+  module.doc() =
+      "Compiled parts of TurboServe. Public faces: turboserve.runtime.frame_ring, .arena, .checksum, .copy_engine.";
   module.attr("LAYOUT_VERSION") = turboserve::kLayoutVersion;
   py::register_exception_translator(raise_typed);
 
+  turboserve::bind_state(module);
   module.def("create_ring", &turboserve::create_ring, py::arg("capacity_bytes"));
   py::class_<Producer>(module, "RingProducer")
       .def(py::init<int, std::uint64_t>(), py::arg("fd"), py::arg("worker_epoch"))

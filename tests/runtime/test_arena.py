@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from turboserve.errors import ArenaFull, ConfigError, Conflict, CorruptState, InvalidRequest, NotFound
+from turboserve.runtime import native
 from turboserve.runtime.arena import Arena, ExtentId, Ledger, create_arena
 from turboserve.runtime.arena_table import HEADER_BYTES
 
@@ -17,15 +18,29 @@ SLAB = 4096
 A, B = "a" * 26, "b" * 26
 
 
+TWINS = ["python", *(["native"] if native.IMPLEMENTATION == "native" else [])]
+MIXES = [(one, other) for one in TWINS for other in TWINS]
+_mix = MIXES[0]
+
+
+@pytest.fixture(autouse=True, params=MIXES, ids="-".join)
+def mix(request):
+    """Which twin works for the first worker, and which for everybody else."""
+    global _mix
+    _mix = request.param
+    return request.param
+
+
 @contextmanager
 def arenas(slabs=8, partition_count=2):
     """Two workers and an onlooker over one memory."""
+    one, other = _mix
     fd = create_arena(slabs * partition_count * SLAB, partition_count=partition_count, slab_bytes=SLAB)
     try:
         with (
-            Arena.map(fd, partition=0, owner_epoch=1) as first,
-            Arena.map(fd, partition=1, owner_epoch=1) as second,
-            Arena.map(fd) as onlooker,
+            Arena.map(fd, partition=0, owner_epoch=1, implementation=one) as first,
+            Arena.map(fd, partition=1, owner_epoch=1, implementation=other) as second,
+            Arena.map(fd, implementation=other) as onlooker,
         ):
             yield fd, first, second, onlooker
     finally:
@@ -122,14 +137,14 @@ def test_a_successor_keeps_commits_and_frees_reservations():
         first.reserve(B, 1, 5000)
         dropped = put(first, B, noise(100))
         onlooker.free(dropped)
-        with Arena.map(fd, partition=0, owner_epoch=2) as successor:
+        with Arena.map(fd, partition=0, owner_epoch=2, implementation=_mix[1]) as successor:
             assert successor.ledger(0) == Ledger(8 * SLAB, 6 * SLAB, 0, 2 * SLAB)
             assert successor.read_bytes(kept) == noise(5000)
             successor.check()
             with pytest.raises(Conflict, match="taken over by epoch 2"):
                 first.reserve(A, 1, 1)
             with pytest.raises(Conflict, match="belongs to epoch 2"):
-                Arena.map(fd, partition=0, owner_epoch=2)
+                Arena.map(fd, partition=0, owner_epoch=2, implementation=_mix[1])
             put(successor, B, noise(6 * SLAB))
 
 
@@ -176,7 +191,7 @@ def test_wrong_uses_are_said():
         with pytest.raises(InvalidRequest, match="meta"):
             first.commit(first.reserve(A, 1, 1), 0, meta=bytes(400))
         with pytest.raises(ConfigError, match="partition 2"):
-            Arena.map(fd, partition=2, owner_epoch=1)
+            Arena.map(fd, partition=2, owner_epoch=1, implementation=_mix[0])
         with pytest.raises(NotFound):
             onlooker.get(ExtentId(99, 1))
         reader, writer = os.pipe()

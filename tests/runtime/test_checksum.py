@@ -6,7 +6,10 @@ import random
 
 import numpy as np
 
+from turboserve.runtime import native
 from turboserve.runtime.checksum import BLOCK_BYTES, Checksum64, checksum64
+
+TWINS = ["python", *(["native"] if native.IMPLEMENTATION == "native" else [])]
 
 
 def test_pieces_do_not_matter_and_order_does():
@@ -41,3 +44,18 @@ def test_the_value_may_be_read_on_the_way():
     assert running.value == checksum64([])
     running.update(b"abc")
     assert running.value == checksum64([b"abc"]) == checksum64([b"", b"ab", b"c"])
+
+
+def test_the_twins_agree():
+    rng = random.Random(5)
+    noise = np.random.default_rng(5).bytes(4 * BLOCK_BYTES)
+    for size in [
+        *range(20),
+        BLOCK_BYTES - 1,
+        BLOCK_BYTES,
+        BLOCK_BYTES + 1,
+        *(rng.randrange(len(noise)) for _ in range(40)),
+    ]:
+        cut = rng.randrange(size + 1)
+        parts = [noise[:cut], memoryview(noise)[cut:size]]
+        assert len({checksum64(parts, implementation=twin) for twin in TWINS}) == 1

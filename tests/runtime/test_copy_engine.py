@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import itertools
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboserve.errors import Conflict, InvalidRequest, Overloaded
-from turboserve.runtime.copy_engine import ThreadCopyEngine, copy_now, join_pieces
+from turboserve.errors import ConfigError, Conflict, InvalidRequest, Overloaded
+from turboserve.runtime import native
+from turboserve.runtime.copy_engine import CopyEngine, copy_now, join_pieces
 
-ENGINES = [ThreadCopyEngine]
+TWINS = ["python", *(["native"] if native.IMPLEMENTATION == "native" else [])]
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=TWINS)
 def engine_type(request):
-    return request.param
+    return partial(CopyEngine, implementation=request.param)
 
 
 def addresses(arrays):
@@ -122,3 +124,32 @@ def test_pieces_of_different_totals_are_refused():
         join_pieces([(1000, 4)], [(2000, 5)])
     with pytest.raises(InvalidRequest, match="larger"):
         join_pieces([(1000, 6)], [(2000, 5)])
+
+
+def test_what_owns_the_memory_is_kept_until_the_copies_have_landed(engine_type):
+    """The owners are dropped at once; the bytes still arrive, and the engine lets go of them afterwards."""
+    into = np.zeros(32 << 20, np.uint8)
+    gone = []
+
+    class Owner:
+        def __init__(self) -> None:
+            self.array = np.full(into.size, 7, np.uint8)
+
+        def __del__(self) -> None:
+            gone.append(bool(into.all()))
+
+    with engine_type() as engine:
+        owner = Owner()
+        ticket = engine.submit([(into.ctypes.data, owner.array.ctypes.data, into.size)], keep=owner)
+        del owner
+        ticket.wait(10)
+        engine.submit([]).wait(5)
+    assert gone == [True] and (into == 7).all()
+
+
+def test_a_device_that_is_not_there_is_said():
+    with pytest.raises(ConfigError, match="copies on"):
+        CopyEngine("tpu")
+    if native.load_cuda()[1] == 0:
+        with pytest.raises(ConfigError, match="CUDA device"):
+            CopyEngine("cuda")

@@ -15,7 +15,7 @@ from turboserve.geometry import SlotGeometry
 from turboserve.model.interface import ChunkRequest, Control, Field, PromptSwitch, SessionTensors, Tier, Update
 from turboserve.model.shapes.model import ShapesModel
 from turboserve.runtime.arena import Arena, create_arena
-from turboserve.runtime.copy_engine import ThreadCopyEngine
+from turboserve.runtime.copy_engine import CopyEngine
 from turboserve.runtime.engine import Engine
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.recovery_store import RecoveryStore
@@ -105,7 +105,7 @@ def test_copies_may_run_on_an_engine(stores):
     driven, target = Driven(slots=1), Driven(slots=1)
     driven.open("a")
     driven.chunks("a", 4)
-    with ThreadCopyEngine() as engine:
+    with CopyEngine() as engine:
 
         def copy(copies):
             engine.submit(copies).wait(10)

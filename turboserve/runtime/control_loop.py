@@ -14,7 +14,9 @@ import contextlib
 import json
 import signal
 import socket
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from turboserve.orchestrator.scheduler import Memory, TickConfig, tick
 from turboserve.orchestrator.view import ClusterView
 from turboserve.runtime import channel, lifeline, logs
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, Drop, Effect, Send
+from turboserve.runtime.controller_books import GATEWAY, Drop, DropPoints, Effect, Send, Spill
 from turboserve.runtime.controller_config import ControllerConfig
 from turboserve.runtime.controller_logic import ControllerLogic
 from turboserve.runtime.directory import Directory
@@ -53,7 +55,7 @@ def live_profile(config: ControllerConfig) -> LatencyProfile:
 
 
 LIVE_TICK = TickConfig(migrate=False, scale=False)
-"""What this fleet can carry out so far: sessions stay on the worker they were placed on, and the fleet is fixed."""
+"""What this fleet can carry out so far: sessions are placed, recovered and resumed; the fleet is fixed."""
 
 
 def decide(view: ClusterView, memory: Memory, now_s: float) -> tuple[Plan, Memory]:
@@ -78,14 +80,17 @@ class ControlLoop:
             steps_floor=config.steps_floor,
             workers=config.workers,
             memory=Memory(),
+            can_move=False,
         )
+        self._logic.generation = self._directory.next_epoch("controller")
+        self._failed = ""
         self._channels: dict[str, channel.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
 
-    async def run(self) -> None:
-        """Serve until SIGTERM."""
-        self._end_sessions_of_an_earlier_run()
+    async def run(self) -> int:
+        """Serve until SIGTERM; the exit code."""
+        self._take_over()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -97,18 +102,33 @@ class ControlLoop:
             await self._stop.wait()
         finally:
             timers.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await timers
+            await asyncio.gather(timers, return_exceptions=True)
             server.close()
             for one in list(self._channels.values()):
                 await one.close()
             self._directory.close()
+        return 1 if self._failed else 0
 
-    def _end_sessions_of_an_earlier_run(self) -> None:
-        """Records of an earlier controller are logged and dropped: this one cannot take their sessions over yet."""
-        for record in self._directory.sessions():
-            self._log.warning("session of an earlier run ended", session=record.session_id, state=record.state.value)
-            self._directory.forget(record.session_id)
+    def _take_over(self) -> None:
+        """What the directory has of an earlier controller."""
+        stored = []
+        moves = {}
+        for one in self._directory.stored():
+            if one.move_id:
+                moves[one.record.session_id] = (one.move_id, one.move_target)
+            try:
+                request = m.decode(one.request)
+            except ProtocolError as error:
+                request = None
+                self._log.warning("session cannot be taken over", session=one.record.session_id, error=str(error))
+            if isinstance(request, m.CreateSession):
+                stored.append((one.record, request))
+            else:
+                # Its gateway still has it, and creates it anew.
+                self._directory.forget(one.record.session_id)
+        self._logic.take_over(stored, time.monotonic(), moves)
+        if stored:
+            self._log.info("sessions of an earlier controller", count=len(stored))
 
     async def _serve(self, peer: channel.Channel) -> None:
         """One peer: its first message says who it is."""
@@ -125,14 +145,30 @@ class ControlLoop:
                         await old.close()
                     self._channels[name] = peer
                     self._log.info("connected", who=name)
-                self._apply(self._logic.on_message(name, message, time.monotonic()))
+                with self._fatal():
+                    self._apply(self._logic.on_message(name, message, time.monotonic()))
         except ProtocolError as error:
             self._log.warning("peer broke the protocol", who=name or peer.peer, error=str(error))
         finally:
-            if name and self._channels.get(name) is peer:
+            if name and self._channels.get(name) is peer and not self._stop.is_set():
                 del self._channels[name]
                 self._log.info("disconnected", who=name)
-                self._apply(self._logic.on_disconnect(name, time.monotonic()))
+                with self._fatal():
+                    self._apply(self._logic.on_disconnect(name, time.monotonic()))
+
+    @contextlib.contextmanager
+    def _fatal(self) -> Iterator[None]:
+        """What goes wrong in the logic or the directory ends the process: the next controller reads what is durable,
+        a controller that goes on after a failed write would tell others what is not."""
+        try:
+            yield
+        except ProtocolError:
+            raise
+        except Exception as error:
+            self._failed = f"{type(error).__name__}: {error}"
+            self._log.critical("the controller cannot go on", error=self._failed, exc_info=True)
+            self._stop.set()
+            raise
 
     @staticmethod
     def _name(message: m.Message) -> str:
@@ -142,6 +178,8 @@ class ControlLoop:
 
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:
+            if isinstance(effect, DropPoints | Spill):
+                continue  # no arena yet
             peer = self._channels.get(effect.to)
             if peer is None:
                 continue  # it will say hello again, and the logic then tells it everything
@@ -168,7 +206,8 @@ class ControlLoop:
         while True:
             await asyncio.sleep(0.05)
             now_s = time.monotonic()
-            self._apply(self._logic.on_timer(now_s))
+            with self._fatal():
+                self._apply(self._logic.on_timer(now_s))
             if self._logic.changed and now_s - published_s >= SNAPSHOT_S and GATEWAY in self._channels:
                 self._logic.changed = False
                 published_s = now_s
@@ -183,15 +222,16 @@ def main(argv: list[str] | None = None) -> None:
     lifeline.hold_to_parent(config.parent_fd)
     log = logs.set_up_logs("controller", log_format=config.log_format, level=config.log_level)
 
-    async def run() -> None:
-        await ControlLoop(config, log).run()
+    async def run() -> int:
+        return await ControlLoop(config, log).run()
 
     try:
         import uvloop
-
-        uvloop.run(run())
     except ImportError:
-        asyncio.run(run())
+        runner: Any = asyncio.run
+    else:
+        runner = uvloop.run
+    sys.exit(runner(run()))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
 
+from turboserve.errors import Conflict
 from turboserve.orchestrator import plan as plans
 from turboserve.orchestrator import view as views
 from turboserve.orchestrator.latency import LatencyProfile
@@ -21,6 +23,9 @@ from turboserve.session import SessionRecord, SessionState, public_state
 OPS_KEPT = 4096
 DECISIONS_KEPT = 100
 GATEWAY = "gateway"
+LAUNCHER = "launcher"
+OWNED_BY_GATEWAY = frozenset({SessionState.RUNNING, SessionState.STALLED, SessionState.PRECOPY})
+"""In these the gateway may send credits to the owner."""
 
 Decide: TypeAlias = Callable[[views.ClusterView, Any, float], tuple[plans.Plan, Any]]
 
@@ -28,10 +33,12 @@ Decide: TypeAlias = Callable[[views.ClusterView, Any, float], tuple[plans.Plan, 
 class Store(Protocol):
     """The directory as the logic needs it (runtime/directory.py; in memory for simulated networks)."""
 
-    def insert(self, record: SessionRecord) -> None: ...
+    def insert(self, record: SessionRecord, request: bytes = b"") -> None: ...
     def own(self, session_id: str, seen_epoch: int, owner: str | None, state: SessionState) -> int: ...
     def set_state(self, session_id: str, state: SessionState, reason: str = "", strikes: int | None = None) -> None: ...
+    def set_move(self, session_id: str, move_id: int, target: str) -> None: ...
     def forget(self, session_id: str) -> None: ...
+    def next_epoch(self, name: str) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,23 @@ class Drop:
     reason: str
 
 
-Effect: TypeAlias = Send | Drop
+@dataclass(frozen=True, slots=True)
+class DropPoints:
+    """The session has ended: what it left in the arena and on disk may go. Repeating it does no harm."""
+
+    session_id: str
+    to: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Put the session's newest recovery point on disk and drop it from the arena; `ControllerLogic.spilled` answers."""
+
+    session_id: str
+    to: str = ""
+
+
+Effect: TypeAlias = Send | Drop | DropPoints | Spill
 
 
 @dataclass(slots=True)
@@ -60,6 +83,47 @@ class Worker:
     state: str
     lease_until_s: float
     stats: m.Heartbeat | None = None
+    blamed: bool = True
+    """If it goes now, one of its sessions may have done it; false once it was told to end."""
+    closing: set[tuple[str, int]] = field(default_factory=set)
+    """(session, epoch) that it was told to close and has not said to have released."""
+    suspend_at_s: float | None = None
+    """Draining: what is still there then goes to host memory."""
+
+
+class Kind(StrEnum):
+    """What a session's move is for."""
+
+    PLACE = "place"
+    RESUME = "resume"
+    RECOVER = "recover"
+    MIGRATE = "migrate"
+    SUSPEND = "suspend"
+    ABORT = "abort"
+
+
+class Phase(StrEnum):
+    """Whose answer a move waits for."""
+
+    PREPARE = "prepare"  # the target's SessionPrepared
+    HANDOVER = "handover"  # the source's HandedOver
+    SUSPEND = "suspend"  # the owner's SessionSuspended
+    OPEN = "open"  # the owner's SessionOpened
+
+
+@dataclass(slots=True)
+class Move:
+    """A session between two states of rest. `source` holds its state now, `target` is to have it; "" where none."""
+
+    kind: Kind
+    phase: Phase
+    id: int
+    source: str
+    target: str
+    began_s: float
+    deadline_s: float
+    source_epoch: int = 0
+    reason: str = ""
 
 
 @dataclass(slots=True)
@@ -71,6 +135,25 @@ class Live:
     row: int
     attached: bool = False
     queued_since_s: float = 0.0
+    move: Move | None = None
+    began: bool = False
+    """A worker has had it: from now on it is restored, never placed as new."""
+    wanted: bool = True
+    """A viewer wants chunks, as far as the gateway has said."""
+    next_index: int = 0
+    point_bytes: int = 0
+    disk_bytes: int = 0
+    refusals: int = 0
+    retry_at_s: float | None = None
+    """Until then no worker is looked for."""
+    adopt_by_s: float | None = None
+    """Of an earlier controller: until then the owner that the directory names may say that it has it."""
+    avoid: str = ""
+    anew: bool = False
+    """Its recovery point is of no use: the next owner begins at chunk 0."""
+    broken_index: int = -1
+    strike_index: int = -1
+    """The chunk that comes next after the last worker death it was in; strikes go when it is well past."""
 
 
 class ControllerBooks:
@@ -87,14 +170,22 @@ class ControllerBooks:
         queue_age_max_s: float = 120.0,
         steps_floor: int | None = None,
         workers: int = 1,
+        workers_max: int | None = None,
         memory: Any = None,
+        move_deadline_s: float = 10.0,
+        can_move: bool = True,
     ) -> None:
         self._store = store
         self._decide = decide
         self._memory = memory
         self._not_carried_out: dict[str, None] = {}
-        # A fixed fleet: the launcher keeps it up, the scheduler neither adds nor removes.
-        self.view = views.make_view((profile,), workers_min=workers, workers_max=workers, steps_floor=steps_floor)
+        # Equal bounds are a fixed fleet: the launcher keeps it up, the scheduler neither adds nor removes.
+        self.view = views.make_view(
+            (profile,), workers_min=workers, workers_max=workers_max or workers, steps_floor=steps_floor
+        )
+        self.move_deadline_s = move_deadline_s
+        self.can_move = can_move
+        """Whether the workers can suspend and hand over; recovery needs neither."""
         self.lease_s = lease_s
         self.queue_max = queue_max
         self.queue_age_max_s = queue_age_max_s
@@ -103,6 +194,17 @@ class ControllerBooks:
         self.decisions: deque[dict[str, Any]] = deque(maxlen=DECISIONS_KEPT)
         self.wake_at_s: float | None = None
         self.changed = True
+        self._transfers: dict[str, Live] = {}
+        self._measured: dict[str, float] = {}
+        self.expected: dict[str, float] = {}
+        """Workers on their way, and since when."""
+        self.old_moves: dict[str, list[tuple[str, int]]] = {}
+        """Target -> (session, move_id) of an earlier controller's moves; the target is told when it says hello."""
+        self.stopping = False
+        self.generation = 0
+        self._starting_rows: dict[str, int] = {}
+        self._nodes: dict[str, int] = {}
+        self._wishes = 0
         self._free_rows: list[int] = []
         self._free_worker_rows: list[int] = []
         self._tenants: dict[str, int] = {}
@@ -111,6 +213,15 @@ class ControllerBooks:
 
     def _held_by(self, worker_id: str) -> list[Live]:
         return [live for live in self.sessions.values() if live.record.owner == worker_id]
+
+    def _held_count(self, worker_id: str) -> int:
+        """Slots taken there: both ends of a move count."""
+        held = 0
+        for live in self.sessions.values():
+            move = live.move
+            at = (live.record.owner, move.source if move else "", move.target if move else "")
+            held += worker_id in at
+        return held
 
     def _queue(self) -> list[Live]:
         """Waiting sessions, longest first (sessions is in order of arrival)."""
@@ -134,17 +245,39 @@ class ControllerBooks:
                     session_id=record.session_id,
                     state=public_state(record.state).value,
                     epoch=record.epoch,
-                    owned=record.state in (SessionState.RUNNING, SessionState.STALLED),
+                    owned=record.state in OWNED_BY_GATEWAY and live.adopt_by_s is None,
                     reason=record.reason[:256],
                     code=code,
                     queue_position=self._queue_position(record.session_id),
+                    next_index=live.next_index,
+                    device_bytes=self._device_bytes(record.owner),
+                    host_bytes=live.point_bytes,
+                    disk_bytes=live.disk_bytes,
                 ),
             )
         )
 
+    def _device_bytes(self, owner: str | None) -> int:
+        worker = self.workers.get(owner or "")
+        return worker.hello.session_bytes if worker is not None else 0
+
     def _move(self, live: Live, to: SessionState, reason: str = "") -> None:
+        """Change the state, in the record, the directory and the view."""
         live.record.move(to, reason)
         self._store.set_state(live.record.session_id, to, reason, live.record.strikes)
+        self._show(live)
+
+    def _own(self, live: Live, owner: str | None, state: SessionState, reason: str = "") -> bool:
+        """The one step that changes the owner: a compare-and-set in the directory. False when it was refused."""
+        record = live.record
+        try:
+            record.epoch = self._store.own(record.session_id, record.epoch, owner, state)
+        except Conflict:
+            return False
+        record.owner = owner
+        record.move(state, reason)
+        self._show(live)
+        return True
 
     def _fail(self, live: Live, code: str, message: str) -> None:
         live.record.move(SessionState.FAILED, message)
@@ -161,10 +294,62 @@ class ControllerBooks:
         self.view.sessions.active[live.row] = False
         self._free_rows.append(live.row)
         del self.sessions[live.record.session_id]
+        self._transfers.pop(live.record.session_id, None)
+        self._set_flags()
+        self._out.append(DropPoints(live.record.session_id))
 
-    def _set_row(self, live: Live, state: int, worker_row: int = views.NOWHERE) -> None:
-        self.view.sessions.state[live.row] = state
-        self.view.sessions.worker[live.row] = worker_row
+    def _show(self, live: Live) -> None:
+        """Bring the session's row of the view in line with its record and its move."""
+        record, move = live.record, live.move
+        owner = self._row_of(record.owner)
+        match record.state:
+            case SessionState.LOADING | SessionState.RUNNING | SessionState.STALLED:
+                row = (views.HELD, owner, views.NOWHERE)
+            case SessionState.PRECOPY | SessionState.HANDOVER if move is not None and move.kind is Kind.MIGRATE:
+                row = (views.MIGRATING, self._row_of(move.source), self._row_of(move.target))
+            case SessionState.PRECOPY | SessionState.HANDOVER | SessionState.OFFLOADING | SessionState.CLOSING:
+                row = (views.SUSPENDING, owner, views.NOWHERE)
+            case SessionState.RESUMING:
+                row = (views.RESUMING, views.NOWHERE, owner)
+            case SessionState.HOST | SessionState.SPILLING | SessionState.DISK:
+                row = (views.HOST, views.NOWHERE, views.NOWHERE)
+            case _:  # waits for a worker: no state of it stands in the way of putting it anywhere
+                row = (views.NEW, views.NOWHERE, views.NOWHERE)
+        if live.adopt_by_s is not None or live.retry_at_s is not None:
+            row = (views.RESUMING, views.NOWHERE, views.NOWHERE)  # the tick has nothing to decide about it now
+        self._set_row(live, *row)
+        self.view.sessions.active[live.row] = live.wanted and record.state is not SessionState.CLOSING
+        # A session that is placed, or placed again after a loss, takes no transfer's turn: several may come at once.
+        if move is not None and move.kind in (Kind.RESUME, Kind.MIGRATE, Kind.SUSPEND, Kind.ABORT):
+            self._transfers[record.session_id] = live
+        else:
+            self._transfers.pop(record.session_id, None)
+        self._set_flags()
+
+    def _row_of(self, worker_id: str | None) -> int:
+        worker = self.workers.get(worker_id or "")
+        return worker.row if worker is not None else views.NOWHERE
+
+    def _set_row(
+        self, live: Live, state: int, worker_row: int = views.NOWHERE, target_row: int = views.NOWHERE
+    ) -> None:
+        sessions = self.view.sessions
+        sessions.state[live.row] = state
+        sessions.worker[live.row] = worker_row
+        sessions.target[live.row] = target_row
+
+    def _set_flags(self) -> None:
+        """Which workers have a transfer towards them or away from them."""
+        workers = self.view.workers
+        workers.inbound[:] = workers.outbound[:] = False
+        for session_id, live in list(self._transfers.items()):
+            move = live.move
+            if session_id not in self.sessions or move is None:
+                del self._transfers[session_id]
+                continue
+            for end, flags in ((move.source, workers.outbound), (move.target, workers.inbound)):
+                if (row := self._row_of(end)) >= 0:
+                    flags[row] = True
 
     def _tenant(self, name: str, weight: float) -> int:
         if name not in self._tenants:
@@ -172,6 +357,12 @@ class ControllerBooks:
             weights = list(self.view.tenant_weights)[: len(self._tenants) - 1]
             self.view.tenant_weights = (*weights, weight)
         return self._tenants[name]
+
+    def _flush(self) -> list[Effect]:
+        out, self._out = self._out, []
+        if out:
+            self.changed = True
+        return out
 
     def _answered(self, op_id: int) -> bool:
         first = self._ops.get(op_id)
@@ -187,8 +378,12 @@ class ControllerBooks:
             self._ops.popitem(last=False)
         self._out.append(Send(GATEWAY, done))
 
-    def _note(self, now_s: float, event: str, *, reason: str, worker: str = "", session: str = "") -> None:
+    def _note(
+        self, now_s: float, event: str, *, reason: str, worker: str = "", session: str = "", source: str = ""
+    ) -> None:
         row: dict[str, Any] = {"time_s": round(now_s, 3), "event": event, "reason": reason}
+        if source:
+            row["source"] = source
         if worker:
             row["worker"] = worker
         if session:

@@ -2,10 +2,13 @@
 
 It alone writes the directory. A change of owner is one compare-and-set there; only then does the new owner hear of
 it. Decisions are the scheduler's (`decide` is `orchestrator.scheduler.tick`, the simulator calls the same); this file
-keeps the view that it reads up to date and carries its plan out.
+takes the gateway's wishes and carries the plan out. In the files below it: how sessions move (`controller_moves`), what
+happens when something is lost (`controller_recovery`), workers that come and go (`controller_fleet`), accounts
+(`controller_books`).
 
     gateway   CreateSession EndSession SessionActivity AdminCommand  ->  OpDone SessionState SessionPlaced WorkerChanged
-    worker    WorkerHello Heartbeat SessionOpened|Refused|Released|Broken  ->  Lease OpenSession CloseSession StopWorker
+    worker    hello, heartbeats, what docs/moving.md lists           ->  Lease, what docs/moving.md lists
+    launcher  FleetEvent                                             ->  FleetWish
 
 Every message may come twice or too late: an epoch that is not the session's newest is ignored, an op_id that was
 answered gets its first answer again.
@@ -13,32 +16,32 @@ answered gets its first answer again.
 
 from __future__ import annotations
 
-from turboserve.errors import Conflict
 from turboserve.orchestrator import plan as plans
 from turboserve.orchestrator import view as views
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import (
     DECISIONS_KEPT,
     GATEWAY,
-    ControllerBooks,
     Drop,
+    DropPoints,
     Effect,
+    Kind,
     Live,
+    Phase,
     Send,
-    Worker,
+    Spill,
 )
+from turboserve.runtime.controller_fleet import WORKERS_MAX, ControllerFleet
 from turboserve.session import SessionRecord, SessionState, public_state
 
-STRIKES_MAX = 3
 
-
-class ControllerLogic(ControllerBooks):
+class ControllerLogic(ControllerFleet):
     """One controller. All times are seconds of one monotonic clock, passed in."""
 
     # ------------------------------------------------------------------ events
 
     def on_message(self, source: str, message: m.Message, now_s: float) -> list[Effect]:
-        """One message from a worker id or GATEWAY."""
+        """One message from a worker id, GATEWAY or LAUNCHER."""
         handler = getattr(self, f"_on_{type(message).__name__}", None)
         if handler is None:
             self._out.append(Drop(source, f"{type(message).__name__} is not for the controller"))
@@ -54,173 +57,40 @@ class ControllerLogic(ControllerBooks):
         return self._flush()
 
     def on_timer(self, now_s: float) -> list[Effect]:
-        """Leases, queue ages and the scheduler's own wake-up. Call it at least every `lease_s` / 4."""
+        """Leases, deadlines, queue ages and the scheduler's own wake-up. Call it at least every `lease_s` / 4."""
+        changed = False
         for worker_id, worker in list(self.workers.items()):
             if now_s > worker.lease_until_s:
                 self._lose_worker(worker_id, f"no heartbeat for {self.lease_s:g} s", now_s)
                 self._out.append(Drop(worker_id, "lease ran out"))
+                changed = True
+        changed |= self._move_deadlines(now_s)
+        changed |= self._adoption_deadlines(now_s)
         for live in self._queue():
-            if now_s - live.queued_since_s > self.queue_age_max_s:
+            if live.adopt_by_s is None and now_s - live.queued_since_s > self.queue_age_max_s:
                 self._fail(live, "queue_timeout", f"no room within {self.queue_age_max_s:g} s")
-        if self.wake_at_s is not None and now_s >= self.wake_at_s:
+        self._empty_late(now_s)
+        if self.stopping:
+            self._stop_step(now_s)
+        if changed or (self.wake_at_s is not None and now_s >= self.wake_at_s):
             self._tick(now_s)
         return self._flush()
 
-    def _flush(self) -> list[Effect]:
-        out, self._out = self._out, []
-        if out:
-            self.changed = True
-        return out
-
-    # ------------------------------------------------------------------ workers
-
-    def _on_WorkerHello(self, source: str, hello: m.WorkerHello, now_s: float) -> None:
-        known = self.workers.get(hello.worker_id)
-        if hello.version != m.PROTOCOL_VERSION:
-            self._out.append(Send(source, m.Failure(code="version", message=f"speak version {m.PROTOCOL_VERSION}")))
-            self._out.append(Drop(source, "another protocol version"))
-            return
-        if known is not None:
-            if known.hello.worker_epoch >= hello.worker_epoch:
-                return  # the same hello again, or a zombie's
-            self._lose_worker(hello.worker_id, "replaced by a newer process", now_s)
-        row = views.add_worker(
-            self.view,
-            hello.worker_id,
-            state=views.READY,
-            request_s=now_s,
-            ready_at_s=now_s,
-            gpu_count=max(1, hello.gpu_count),
-            device_class=hello.device_class,
-            model=hello.model,
-            row=self._free_worker_rows.pop() if self._free_worker_rows else None,
-        )
-        self.workers[hello.worker_id] = Worker(hello, row, "ready", now_s + self.lease_s)
-        self._note(now_s, "worker_ready", worker=hello.worker_id, reason=f"{hello.device}, {hello.slot_count} slots")
-        self._out.append(Send(hello.worker_id, m.Lease(lease_s=self.lease_s, worker_epoch=hello.worker_epoch)))
-        self._tell_worker(hello.worker_id)
-        self._tick(now_s)
-
-    def _on_Heartbeat(self, source: str, beat: m.Heartbeat, now_s: float) -> None:
-        worker = self.workers.get(beat.worker_id)
-        if worker is None or worker.hello.worker_epoch != beat.worker_epoch:
-            return
-        worker.stats = beat
-        worker.lease_until_s = now_s + self.lease_s
-        self.changed = True
-        self._out.append(Send(source, m.Lease(lease_s=self.lease_s, worker_epoch=beat.worker_epoch)))
-
-    def _on_WorkerLeaving(self, source: str, leaving: m.WorkerLeaving, now_s: float) -> None:
-        if leaving.worker_id in self.workers:
-            self._drain(leaving.worker_id, "it was told to end", now_s)
-
-    def _drain(self, worker_id: str, reason: str, now_s: float) -> None:
-        worker = self.workers[worker_id]
-        if worker.state != "draining":
-            worker.state = "draining"
-            self.view.workers.state[worker.row] = views.DRAINING
-            self._note(now_s, "drain", worker=worker_id, reason=reason)
-            self._tell_worker(worker_id)
-        self._stop_if_empty(worker_id)
-
-    def _stop_if_empty(self, worker_id: str) -> None:
-        worker = self.workers.get(worker_id)
-        if worker and worker.state == "draining" and not self._held_by(worker_id):
-            self._out.append(Send(worker_id, m.StopWorker(worker_id=worker_id, reason="drained, it owns nothing")))
-
-    def _lose_worker(self, worker_id: str, reason: str, now_s: float) -> None:
-        worker = self.workers.pop(worker_id)
-        self.view.workers.state[worker.row] = views.ABSENT
-        self._free_worker_rows.append(worker.row)
-        self._note(now_s, "worker_lost", worker=worker_id, reason=reason)
-        self._out.append(
-            Send(
-                GATEWAY,
-                m.WorkerChanged(
-                    worker_id=worker_id, worker_epoch=worker.hello.worker_epoch, state="lost", reason=reason
-                ),
-            )
-        )
-        for live in self._held_by(worker_id):
-            if live.record.state is SessionState.CLOSING:
-                self._forget(live, SessionState.CLOSED)
-            else:
-                self._fail(live, "worker_lost", f"worker {worker_id} was lost: {reason}")
-
-    def _tell_worker(self, worker_id: str) -> None:
-        worker = self.workers[worker_id]
-        self._out.append(
-            Send(
-                GATEWAY,
-                m.WorkerChanged(
-                    worker_id=worker_id,
-                    worker_epoch=worker.hello.worker_epoch,
-                    state=worker.state,
-                    numerics_id=worker.hello.numerics_id,
-                ),
-            )
-        )
-
-    # ------------------------------------------------------------------ sessions on workers
-
-    def _owned(self, source: str, session_id: str, epoch: int) -> Live | None:
-        """The session, if `source` speaks for its newest epoch."""
+    def spilled(self, session_id: str, disk_bytes: int, now_s: float) -> list[Effect]:
+        """A recovery point lies on disk (0: it could not be written and stays in the arena)."""
         live = self.sessions.get(session_id)
-        if live is None or live.record.epoch != epoch or live.record.owner != source:
-            return None
-        return live
-
-    def _on_SessionOpened(self, source: str, opened: m.SessionOpened, now_s: float) -> None:
-        known = self.sessions.get(opened.session_id)
-        if known is None or opened.epoch < known.record.epoch:
-            # Given up while the worker's channel was down: it says what it still holds, and nobody else would free it.
-            self._out.append(Send(source, m.CloseSession(session_id=opened.session_id, epoch=opened.epoch)))
-            return
-        live = self._owned(source, opened.session_id, opened.epoch)
-        if live is None or live.record.state is not SessionState.LOADING:
-            return
-        self._move(live, SessionState.RUNNING)
-        placed = m.SessionPlaced(
-            session_id=opened.session_id,
-            epoch=opened.epoch,
-            worker_id=source,
-            numerics_id=self.workers[source].hello.numerics_id,
-        )
-        self._out.append(Send(GATEWAY, placed))
-        self._tell_session(live)
-
-    def _on_SessionRefused(self, source: str, refused: m.SessionRefused, now_s: float) -> None:
-        live = self._owned(source, refused.session_id, refused.epoch)
-        if live is None or live.record.state is not SessionState.LOADING:
-            return
-        live.record.strikes += 1
-        if live.record.strikes >= STRIKES_MAX:
-            self._fail(live, refused.code, refused.message)
-            return
-        live.record.epoch = self._store.own(refused.session_id, live.record.epoch, None, SessionState.QUEUED)
-        live.record.owner = None
-        self._move(live, SessionState.QUEUED, refused.message)
-        self._set_row(live, views.NEW)
-        live.queued_since_s = now_s
-        self._note(now_s, "queue", session=refused.session_id, reason=f"{source} refused: {refused.message}")
-        self.wake_at_s = now_s + 0.2
-        self._tell_session(live)
-
-    def _on_SessionBroken(self, source: str, broken: m.SessionBroken, now_s: float) -> None:
-        live = self._owned(source, broken.session_id, broken.epoch)
-        # One that closes already is on its way out: its release ends it.
-        if live is not None and live.record.state is not SessionState.CLOSING:
-            message = f"chunk {broken.chunk_index}: {broken.message}"
-            self._out.append(Send(source, m.CloseSession(session_id=broken.session_id, epoch=broken.epoch)))
-            self._fail(live, broken.code or "session_failed", message)
+        if live is not None and live.record.state is SessionState.SPILLING:
+            live.disk_bytes = disk_bytes
+            if disk_bytes:
+                live.point_bytes = 0
+            self._move(live, SessionState.DISK if disk_bytes else SessionState.HOST, live.record.reason)
+            self._tell_session(live)
             self._tick(now_s)
+        return self._flush()
 
-    def _on_SessionReleased(self, source: str, released: m.SessionReleased, now_s: float) -> None:
-        live = self._owned(source, released.session_id, released.epoch)
-        if live is not None and live.record.state is SessionState.CLOSING:
-            self._forget(live, SessionState.CLOSED)
-            self._stop_if_empty(source)
-            self._tick(now_s)
+    def _spill(self, live: Live) -> None:
+        self._move(live, SessionState.SPILLING, live.record.reason)
+        self._out.append(Spill(live.record.session_id))
 
     # ------------------------------------------------------------------ gateway
 
@@ -228,34 +98,28 @@ class ControllerLogic(ControllerBooks):
         for worker_id in self.workers:
             self._tell_worker(worker_id)
         for live in self.sessions.values():
-            if live.record.state is SessionState.RUNNING and live.record.owner:
-                self._on_reannounce(live)
+            if live.adopt_by_s is not None:
+                continue  # not known yet whether its worker still has it: the gateway goes on as it was
+            if live.record.state in (SessionState.RUNNING, SessionState.STALLED, SessionState.PRECOPY):
+                self._tell_placed(live)
             self._tell_session(live)
-
-    def _on_reannounce(self, live: Live) -> None:
-        owner = live.record.owner or ""
-        self._out.append(
-            Send(
-                GATEWAY,
-                m.SessionPlaced(
-                    session_id=live.record.session_id,
-                    epoch=live.record.epoch,
-                    worker_id=owner,
-                    numerics_id=self.workers[owner].hello.numerics_id,
-                ),
-            )
-        )
 
     def _on_CreateSession(self, source: str, asked: m.CreateSession, now_s: float) -> None:
         if self._answered(asked.op_id):
             return
-        if asked.adopt and asked.session_id in self.sessions:
-            state = public_state(self.sessions[asked.session_id].record.state)
-            position = self._queue_position(asked.session_id)
-            self._answer(asked.op_id, state=state.value, queue_position=position)
-            return
-        if asked.session_id in self.sessions:
-            self._answer(asked.op_id, code="conflict", message="this session exists already")
+        known = self.sessions.get(asked.session_id)
+        if known is not None:
+            # The same wish after a controller was restarted, or a gateway's that was: it is there already.
+            if known.request.op_id != asked.op_id and not asked.adopt:
+                self._answer(asked.op_id, code="conflict", message="this session exists already")
+                return
+            if known.record.state is SessionState.CLOSING:
+                self._answer(asked.op_id, code="conflict", message="this session ends", retry_after_s=0.2)
+                return
+            if known.adopt_by_s is None and known.record.state in (SessionState.RUNNING, SessionState.STALLED):
+                self._tell_placed(known)
+            self._tell_session(known)
+            self._answer_state(asked.op_id, known)
             return
         if len(self._queue()) >= self.queue_max:
             self._answer(asked.op_id, code="overloaded", message="the queue is full", retry_after_s=5.0)
@@ -271,7 +135,20 @@ class ControllerLogic(ControllerBooks):
             steps=asked.steps,
             epoch=asked.epoch,
         )
-        self._store.insert(record)
+        self._store.insert(record, m.encode(asked))
+        live = self._add(record, asked, now_s)
+        # Of a gateway that had it before: there may be a recovery point, else it is made again from the input log.
+        live.began = asked.adopt or asked.next_index > 0
+        self._tick(now_s)
+        self._answer_state(asked.op_id, live)
+
+    def _answer_state(self, op_id: int, live: Live) -> None:
+        record = live.record
+        self._answer(
+            op_id, state=public_state(record.state).value, queue_position=self._queue_position(record.session_id)
+        )
+
+    def _add(self, record: SessionRecord, asked: m.CreateSession, now_s: float) -> Live:
         row = views.add_session(
             self.view,
             asked.session_id,
@@ -282,39 +159,39 @@ class ControllerLogic(ControllerBooks):
         columns = self.view.sessions
         columns.steps[row] = columns.steps_full[row] = asked.steps
         columns.may_reduce[row] = asked.allow_reduced_steps
-        columns.active[row] = True  # a viewer is on the way; SessionActivity corrects it
+        # A viewer is on the way; SessionActivity corrects it.
         live = Live(record, asked, row, queued_since_s=now_s)
         self.sessions[asked.session_id] = live
-        self._tick(now_s)
-        self._answer(
-            asked.op_id, state=public_state(record.state).value, queue_position=self._queue_position(asked.session_id)
-        )
+        self._show(live)
+        return live
 
     def _on_EndSession(self, source: str, asked: m.EndSession, now_s: float) -> None:
         if self._answered(asked.op_id):
             return
         live = self.sessions.get(asked.session_id)
         if live is not None and live.record.state is not SessionState.CLOSING:
-            owner = live.record.owner
+            owner, move = live.record.owner, live.move
+            self._drop_prepared(live)
+            if move is not None and move.kind is Kind.MIGRATE and move.phase is Phase.OPEN:
+                self._send_close(move.source, asked.session_id, move.source_epoch)
+            live.move, live.retry_at_s = None, None
             self._move(live, SessionState.CLOSING, asked.reason)
-            if owner is not None and owner in self.workers:
-                close = m.CloseSession(session_id=asked.session_id, epoch=live.record.epoch)
-                self._out.append(Send(owner, close))
-                self.view.sessions.active[live.row] = False
+            if owner is not None and (owner in self.workers or live.adopt_by_s is not None):
+                self._send_close(owner, asked.session_id, live.record.epoch)
             else:
                 self._forget(live, SessionState.CLOSED)
             self._tick(now_s)
         self._answer(asked.op_id, state="closed")
 
-    def _on_SessionStuck(self, source: str, stuck: m.SessionStuck, now_s: float) -> None:
-        live = self.sessions.get(stuck.session_id)
-        if live is None or live.record.epoch != stuck.epoch or live.record.owner is None:
-            return
-        if live.record.state in (SessionState.RUNNING, SessionState.STALLED):
-            owner = live.record.owner
-            self._out.append(Send(owner, m.CloseSession(session_id=stuck.session_id, epoch=stuck.epoch)))
-            self._fail(live, "worker_failed", f"chunk {stuck.next_index}: its owner is {stuck.code}")
-            self._tick(now_s)
+    def _on_SessionReleased(self, source: str, released: m.SessionReleased, now_s: float) -> None:
+        worker = self.workers.get(source)
+        if worker is not None:
+            worker.closing.discard((released.session_id, released.epoch))
+        live = self._owned(source, released.session_id, released.epoch)
+        if live is not None and live.record.state is SessionState.CLOSING:
+            self._forget(live, SessionState.CLOSED)
+        self._stop_if_empty(source)
+        self._tick(now_s)
 
     def _on_SessionActivity(self, source: str, seen: m.SessionActivity, now_s: float) -> None:
         live = self.sessions.get(seen.session_id)
@@ -322,49 +199,130 @@ class ControllerLogic(ControllerBooks):
             return
         live.attached = seen.attached
         columns = self.view.sessions
-        if bool(columns.active[live.row]) != seen.active:
-            columns.active[live.row] = seen.active
+        if live.wanted != seen.active:
+            live.wanted = seen.active
             (columns.active_since_s if seen.active else columns.idle_since_s)[live.row] = now_s
-        if live.record.state in (SessionState.RUNNING, SessionState.STALLED):
+        if live.record.state in (SessionState.RUNNING, SessionState.STALLED) and live.move is None:
             # In memory only: a controller that restarts hears it again from the gateway.
             live.record.move(SessionState.RUNNING if seen.active else SessionState.STALLED)
+        self._show(live)
         self._tick(now_s)
+
+    # ------------------------------------------------------------------ operators
 
     def _on_AdminCommand(self, source: str, asked: m.AdminCommand, now_s: float) -> None:
         if self._answered(asked.op_id):
             return
-        if asked.kind == "drain":
-            if asked.worker_id not in self.workers:
-                self._answer(asked.op_id, code="not_found", message=f"no worker {asked.worker_id!r}")
-                return
+        live = self.sessions.get(asked.session_id)
+        if asked.kind in ("migrate", "suspend", "resume") and live is None:
+            self._answer(asked.op_id, code="not_found", message="no such session on any worker")
+        elif asked.kind in ("drain", "kill_worker") and asked.worker_id not in self.workers:
+            self._answer(asked.op_id, code="not_found", message=f"no worker {asked.worker_id!r}")
+        elif asked.kind == "drain":
             self._drain(asked.worker_id, "asked by an operator", now_s)
             held = len(self._held_by(asked.worker_id))
             self._tick(now_s)
             self._answer(asked.op_id, state="draining", message=f"{held} sessions left")
+        elif asked.kind == "kill_worker":
+            self.workers[asked.worker_id].blamed = False
+            self._note(now_s, "kill", worker=asked.worker_id, reason="asked by an operator")
+            self._wish("kill", asked.worker_id)
+            self._answer(asked.op_id, state="killed", message=f"{asked.worker_id} gets SIGKILL")
+        elif asked.kind == "add_workers":
+            self._admin_add(asked, now_s)
+        elif live is not None and asked.kind == "migrate":
+            self._admin_migrate(asked, live, now_s)
+        elif live is not None and asked.kind == "suspend" and self.can_move:
+            if live.record.state in (SessionState.HOST, SessionState.SPILLING, SessionState.DISK):
+                self._answer(asked.op_id, state="suspended", message="it was suspended already")
+            elif self._suspend(live, "host", now_s, "asked by an operator"):
+                self._answer(asked.op_id, state="suspended", message="at its next chunk boundary")
+            else:
+                self._answer_not_now(asked.op_id, live)
+        elif live is not None and asked.kind == "resume":
+            live.wanted = True
+            self._show(live)
+            self._tick(now_s)
+            self._answer_state(asked.op_id, live)
         else:
-            self._answer(
-                asked.op_id,
-                code="conflict",
-                message=f"this fleet cannot {asked.kind}: sessions stay where they are",
-            )
+            self._answer(asked.op_id, code="conflict", message=f"this fleet cannot {asked.kind}")
+
+    def _answer_not_now(self, op_id: int, live: Live) -> None:
+        message = f"the session is {live.record.state.value}; expected running or stalled on a worker"
+        self._answer(op_id, code="conflict", message=message, retry_after_s=0.2)
+
+    def _admin_add(self, asked: m.AdminCommand, now_s: float) -> None:
+        there = len(self.workers) + len(self.expected)
+        view = self.view
+        fixed = view.workers_min == view.workers_max
+        most = WORKERS_MAX if fixed else view.workers_max
+        if asked.count < 1 or there + asked.count > most:
+            message = f"{there} workers are here; at most {most} may be"
+            self._answer(asked.op_id, code="conflict", message=message)
+            return
+        if fixed:
+            view.workers_min = view.workers_max = there + asked.count
+        wished = self._add_workers(asked.count, "asked by an operator", now_s)
+        self._answer(asked.op_id, state="starting", message=", ".join(wished))
+
+    def _admin_migrate(self, asked: m.AdminCommand, live: Live, now_s: float) -> None:
+        target = asked.worker_id
+        if target not in self.workers:
+            self._answer(asked.op_id, code="not_found", message=f"no worker {target!r}")
+        elif live.record.owner == target and live.move is None:
+            self._answer(asked.op_id, state=public_state(live.record.state).value, message="it is there already")
+        elif not self._takes(target):
+            self._answer(asked.op_id, code="overloaded", message=f"{target} has no free slot", retry_after_s=1.0)
+        elif live.record.state in (SessionState.HOST, SessionState.DISK) and self._resume(
+            live, target, now_s, "asked by an operator"
+        ):
+            self._answer(asked.op_id, state="suspended", message=f"it is brought to {target}")
+        elif self.can_move and self._migrate(live, target, now_s, "asked by an operator"):
+            self._answer(asked.op_id, state="migrating", message=f"to {target}")
+        else:
+            self._answer_not_now(asked.op_id, live)
 
     # ------------------------------------------------------------------ deciding
 
     def _tick(self, now_s: float) -> None:
+        if self.stopping:
+            return
         plan, self._memory = self._decide(self.view, self._memory, now_s)
         self.wake_at_s = plan.wake_at_s
         for action in plan.actions:
-            if isinstance(action, plans.Place):
-                self._place(action, now_s)
-            elif isinstance(action, plans.SetSteps):
-                live = self.sessions.get(action.session)
-                if live is not None:
-                    self.view.sessions.steps[live.row] = action.steps
-                    self._out.append(Send(GATEWAY, m.SetSteps(session_id=action.session, steps=action.steps)))
-                    self._note(now_s, "set_steps", session=action.session, reason=action.reason)
-            elif isinstance(action, plans.Queue):
+            self._carry_out(action, now_s)
+        self._tell_queue()
+
+    def _carry_out(self, action: plans.Action, now_s: float) -> None:
+        """One action of a plan. What does not fit what is (a session that closes, a worker just lost) is left out:
+        the next tick sees what is."""
+        live = self.sessions.get(getattr(action, "session", ""))
+        match action:
+            case plans.Place() if live is not None:
+                self._place(live, action.worker, now_s, action.reason)
+            case plans.Resume() if live is not None:
+                self._resume(live, action.worker, now_s, action.reason)
+            case plans.Migrate() if live is not None and self.can_move:
+                if live.record.owner == action.source:
+                    self._migrate(live, action.worker, now_s, action.reason)
+            case plans.Suspend() if live is not None and self.can_move:
+                if live.record.owner == action.worker:
+                    self._suspend(live, "host", now_s, action.reason)
+            case plans.SetSteps() if live is not None:
+                self.view.sessions.steps[live.row] = action.steps
+                self._out.append(Send(GATEWAY, m.SetSteps(session_id=action.session, steps=action.steps)))
+                self._note(now_s, "set_steps", session=action.session, reason=action.reason)
+            case plans.Queue():
                 self._note(now_s, "queue", session=action.session, reason=action.reason)
-            else:
+            case plans.AddWorker():
+                self._add_workers(action.count, action.reason, now_s)
+            case plans.DrainWorker() if action.worker in self.workers:
+                self._drain(action.worker, action.reason, now_s)
+            case plans.UndrainWorker():
+                self._undrain(action, now_s)
+            case plans.ReleaseWorker():
+                self._release(action, now_s)
+            case _ if live is not None or not hasattr(action, "session"):
                 # Said once, not hidden: what this fleet cannot carry out stands in the decision log.
                 line = f"{type(action).__name__}: {action.reason}"
                 if line not in self._not_carried_out:
@@ -372,35 +330,29 @@ class ControllerLogic(ControllerBooks):
                     self._note(now_s, "not_carried_out", reason=line)
                     while len(self._not_carried_out) > DECISIONS_KEPT:
                         del self._not_carried_out[next(iter(self._not_carried_out))]
-        self._tell_queue()
 
-    def _place(self, action: plans.Place, now_s: float) -> None:
-        live = self.sessions.get(action.session)
-        if live is None or live.record.state is not SessionState.QUEUED or action.worker not in self.workers:
-            return
+    def _place(self, live: Live, wanted: str, now_s: float, reason: str) -> None:
         record = live.record
-        try:
-            epoch = self._store.own(record.session_id, record.epoch, action.worker, SessionState.LOADING)
-        except Conflict:
+        if record.state not in (SessionState.QUEUED, SessionState.RECOVERING) or live.move or record.owner:
             return
-        record.epoch, record.owner = epoch, action.worker
-        record.move(SessionState.LOADING, action.reason)
-        self._set_row(live, views.HELD, self.workers[action.worker].row)
-        self._note(now_s, "place", worker=action.worker, session=record.session_id, reason=action.reason)
-        asked = live.request
-        self._out.append(
-            Send(
-                action.worker,
-                m.OpenSession(
-                    session_id=record.session_id,
-                    epoch=epoch,
-                    seed=record.seed,
-                    width=record.width,
-                    height=record.height,
-                    prompt=asked.prompt,
-                    prompt_version=asked.prompt_version,
-                    prompt_switch=asked.prompt_switch,
-                    next_index=asked.next_index,
-                ),
-            )
-        )
+        worker_id = self._apart(live, wanted)
+        if worker_id is None or not self._takes(worker_id):
+            return
+        kind = Kind.PLACE if record.state is SessionState.QUEUED else Kind.RECOVER
+        if self._open(live, worker_id, kind, SessionState.LOADING, now_s, reason=reason):
+            self._note(now_s, "place", worker=worker_id, session=record.session_id, reason=reason)
+
+    def _resume(self, live: Live, wanted: str, now_s: float, reason: str) -> bool:
+        if live.record.state not in (SessionState.HOST, SessionState.DISK) or live.move is not None:
+            return False
+        worker_id = self._apart(live, wanted)
+        if worker_id is None or not self._takes(worker_id):
+            return False
+        if not self._open(live, worker_id, Kind.RESUME, SessionState.RESUMING, now_s, reason=reason):
+            return False
+        self._note(now_s, "resume", worker=worker_id, session=live.record.session_id, reason=reason)
+        self._tell_session(live)
+        return True
+
+
+__all__ = ["GATEWAY", "ControllerLogic", "Drop", "DropPoints", "Send", "Spill"]

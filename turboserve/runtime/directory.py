@@ -9,27 +9,50 @@ from __future__ import annotations
 
 import fcntl
 import sqlite3
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turboserve.errors import Conflict, CorruptState
 from turboserve.session import SessionRecord, SessionState
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added `request`, `move_id` and `move_target` (November 2026); a file of version 1 is brought up to it."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sessions (
     session_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, model TEXT NOT NULL, seed INTEGER NOT NULL,
     created_s REAL NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, steps INTEGER NOT NULL,
-    state TEXT NOT NULL, epoch INTEGER NOT NULL, owner TEXT, reason TEXT NOT NULL, strikes INTEGER NOT NULL
+    state TEXT NOT NULL, epoch INTEGER NOT NULL, owner TEXT, reason TEXT NOT NULL, strikes INTEGER NOT NULL,
+    request BLOB NOT NULL DEFAULT x'', move_id INTEGER NOT NULL DEFAULT 0, move_target TEXT NOT NULL DEFAULT ''
 ) WITHOUT ROWID;
 """
+_TO_VERSION_2 = (
+    "ALTER TABLE sessions ADD COLUMN request BLOB NOT NULL DEFAULT x''",
+    "ALTER TABLE sessions ADD COLUMN move_id INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE sessions ADD COLUMN move_target TEXT NOT NULL DEFAULT ''",
+)
 _COLUMNS = "session_id, tenant, model, seed, created_s, width, height, steps, state, epoch, owner, reason, strikes"
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A session as the directory has it: the record, what the gateway asked for (its message as msgpack bytes, empty
+    in rows of version 1), and the move that was under way (0 and "" for none)."""
+
+    record: SessionRecord
+    request: bytes
+    move_id: int
+    move_target: str
+
+
 class Directory:
-    """Open directory file. One process at a time: a second one is refused by a file lock."""
+    """Open directory file. One process at a time: a second one is refused by a file lock.
+
+    Each call that changes something is durable when it returns: SQLite's log is synced at every commit. An error of
+    the disk comes out as sqlite3.Error, and the process that gets one must stop: nothing it says is true any more.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -51,6 +74,13 @@ class Directory:
         found = self._db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
         if found is None:
             self._db.execute("INSERT INTO meta VALUES ('version', ?)", (str(SCHEMA_VERSION),))
+        elif found[0] == "1":
+            with self._transaction():
+                have = {row[1] for row in self._db.execute("PRAGMA table_info(sessions)")}
+                for change in _TO_VERSION_2:
+                    if change.split()[5] not in have:
+                        self._db.execute(change)
+                self._db.execute("UPDATE meta SET value = ? WHERE key = 'version'", (str(SCHEMA_VERSION),))
         elif found[0] != str(SCHEMA_VERSION):
             raise CorruptState(f"{path} has directory version {found[0]}", expected=f"version {SCHEMA_VERSION}")
 
@@ -67,15 +97,15 @@ class Directory:
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, str(value)))
             return value
 
-    def insert(self, record: SessionRecord) -> None:
-        """A new session; Conflict when the id is known."""
+    def insert(self, record: SessionRecord, request: bytes = b"") -> None:
+        """A new session with what was asked for; Conflict when the id is known."""
         try:
             self._db.execute(
-                f"INSERT INTO sessions ({_COLUMNS}) VALUES ({', '.join('?' * 13)})",
+                f"INSERT INTO sessions ({_COLUMNS}, request) VALUES ({', '.join('?' * 14)})",
                 (
                     *(record.session_id, record.tenant, record.model, record.seed, record.created_s),
                     *(record.width, record.height, record.steps, record.state.value, record.epoch),
-                    *(record.owner, record.reason, record.strikes),
+                    *(record.owner, record.reason, record.strikes, request),
                 ),
             )
         except sqlite3.IntegrityError:
@@ -100,6 +130,12 @@ class Directory:
             (state.value, reason, strikes, session_id),
         )
 
+    def set_move(self, session_id: str, move_id: int, target: str) -> None:
+        """The migration that is under way; 0 and "" when it is over."""
+        self._db.execute(
+            "UPDATE sessions SET move_id = ?, move_target = ? WHERE session_id = ?", (move_id, target, session_id)
+        )
+
     def forget(self, session_id: str) -> None:
         """Drop a session that ended."""
         self._db.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
@@ -108,6 +144,13 @@ class Directory:
         """All records, oldest first."""
         rows = self._db.execute(f"SELECT {_COLUMNS} FROM sessions ORDER BY created_s, session_id").fetchall()
         return [_record(row) for row in rows]
+
+    def stored(self) -> list[Stored]:
+        """All sessions with what was asked for, oldest first."""
+        rows = self._db.execute(
+            f"SELECT request, move_id, move_target, {_COLUMNS} FROM sessions ORDER BY created_s, session_id"
+        ).fetchall()
+        return [Stored(_record(row[3:]), *row[:3]) for row in rows]
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)

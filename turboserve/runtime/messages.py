@@ -81,6 +81,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """Those that the arena had no room for."""
     point_ms: float = 0.0
     """Mean time a point took since the last heartbeat."""
+    progress: dict[str, int] = {}
+    """Sessions with chunks made here, and the chunk that comes next."""
 
 
 class SessionOpened(Message, frozen=True, kw_only=True):
@@ -467,13 +469,14 @@ class FleetWish(Message, frozen=True, kw_only=True):
 
     request_id: ShortText
     kind: ShortText
-    """"add" or "remove"."""
+    """"add", "remove", or "kill": SIGKILL, to try what happens then; it is started again."""
     worker_id: ShortText
     model: ShortText = ""
 
 
 class FleetEvent(Message, frozen=True, kw_only=True):
-    """What became of a worker process: started, exited (with its code), backing_off, failed."""
+    """What became of a worker process: started, exited for good (with its code), backing_off before it is started
+    again, failed. `stopping`, without a worker: the server ends."""
 
     worker_id: ShortText
     kind: ShortText

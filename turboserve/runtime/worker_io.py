@@ -7,6 +7,7 @@ the gateway's credits stop by themselves. Both channels reconnect for ever; the 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import signal
 import socket
@@ -29,6 +30,8 @@ from turboserve.runtime.worker_logic import WorkerLogic
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
 RING_FULL_RETRY_S = 0.002
+PROGRESS_MAX = 1024
+"""Sessions that one heartbeat reports on."""
 _PAGE_BYTES = 4096
 _SAY: dict[type[m.Message], str] = {
     kind: f"worker.say.{kind.__name__}"
@@ -275,7 +278,12 @@ class WorkerIO:
             points=figures.points,
             points_refused=figures.points_refused,
             point_ms=1e3 * (figures.point_s - before.point_s) / max(1, figures.points - before.points),
+            progress=self._progress(),
         )
+
+    def _progress(self) -> dict[str, int]:
+        sessions = itertools.islice(self._logic.sessions.items(), PROGRESS_MAX)
+        return {session_id: max(one.made) + 1 for session_id, one in sessions if one.made}
 
 
 def _announcement(emit: Emit, chunk: e.FinishedChunk) -> m.ChunkReady:

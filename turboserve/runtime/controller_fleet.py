@@ -1,0 +1,252 @@
+"""The controller's side of the fleet: workers that come, report, drain and go, and wishes to the launcher.
+
+The launcher starts and reaps processes; the controller says how many there should be. A worker counts from the wish
+on (`starting`), takes sessions from its hello on (`ready`), and takes nothing new while it drains. Workers that join
+from elsewhere with the cluster's token are taken in as they are, up to `JOINED_MAX`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turboserve.orchestrator import plan as plans
+from turboserve.orchestrator import view as views
+from turboserve.runtime import messages as m
+from turboserve.runtime.controller_books import GATEWAY, LAUNCHER, Drop, Send, Worker
+from turboserve.runtime.controller_recovery import ControllerRecovery
+from turboserve.session import SessionState
+
+JOINED_MAX = 64
+WORKERS_MAX = 64
+LEAVE_S = 4.0
+"""A worker that was told to end gets this long to be emptied by migration; what is left is then suspended."""
+DRAIN_S = 60.0
+"""The same for one that an operator drains, whose process waits for us."""
+
+
+class ControllerFleet(ControllerRecovery):
+    """Which workers there are and should be."""
+
+    # ------------------------------------------------------------------ from workers
+
+    def _on_WorkerHello(self, source: str, hello: m.WorkerHello, now_s: float) -> None:
+        known = self.workers.get(hello.worker_id)
+        if hello.version != m.PROTOCOL_VERSION:
+            self._out.append(Send(source, m.Failure(code="version", message=f"speak version {m.PROTOCOL_VERSION}")))
+            self._out.append(Drop(source, "another protocol version"))
+            return
+        if known is not None:
+            if known.hello.worker_epoch >= hello.worker_epoch:
+                return  # the same hello again, or a zombie's
+            self._lose_worker(hello.worker_id, "replaced by a newer process", now_s)
+        elif hello.worker_id not in self.expected and len(self.workers) >= WORKERS_MAX + JOINED_MAX:
+            refusal = m.Failure(code="overloaded", message=f"{len(self.workers)} workers are here already")
+            self._out += [Send(source, refusal), Drop(source, "too many workers")]
+            return
+        asked_s = self.expected.pop(hello.worker_id, None)
+        row = self._starting_rows.pop(hello.worker_id, None)
+        if row is None and self._free_worker_rows:
+            row = self._free_worker_rows.pop()
+        row = views.add_worker(
+            self.view,
+            hello.worker_id,
+            state=views.READY,
+            request_s=now_s if asked_s is None else asked_s,
+            ready_at_s=now_s,
+            node=self._node(hello.node),
+            gpu_count=max(1, hello.gpu_count),
+            device_class=hello.device_class,
+            model=hello.model,
+            row=row,
+        )
+        if asked_s is not None:
+            self._measured_start(now_s - asked_s)
+        self.workers[hello.worker_id] = Worker(hello, row, "ready", now_s + self.lease_s)
+        self._note(now_s, "worker_ready", worker=hello.worker_id, reason=f"{hello.device}, {hello.slot_count} slots")
+        self._out.append(Send(hello.worker_id, m.Lease(lease_s=self.lease_s, worker_epoch=hello.worker_epoch)))
+        self._tell_worker(hello.worker_id)
+        for session_id, move_id in self.old_moves.pop(hello.worker_id, ()):
+            self._send_drop(hello.worker_id, session_id, move_id)
+        for live in self._held_by(hello.worker_id):
+            self._show(live)  # of an earlier controller: the worker's row is known now
+        if self.stopping:
+            self._stop_if_empty(hello.worker_id)
+        self._tick(now_s)
+
+    def _node(self, name: str) -> int:
+        return self._nodes.setdefault(name, len(self._nodes))
+
+    def _measured_start(self, took_s: float) -> None:
+        """What starting a worker takes here: the scheduler's provisioning delay (smoothed)."""
+        before_s = self._measured.get("provision_s")
+        self._measured["provision_s"] = took_s if before_s is None else 0.7 * before_s + 0.3 * took_s
+        self.view.provision_s = self._measured["provision_s"]
+
+    def _on_Heartbeat(self, source: str, beat: m.Heartbeat, now_s: float) -> None:
+        worker = self.workers.get(beat.worker_id)
+        if worker is None or worker.hello.worker_epoch != beat.worker_epoch:
+            return
+        worker.stats = beat
+        worker.lease_until_s = now_s + self.lease_s
+        self.changed = True
+        self._progress(source, beat)
+        self._out.append(Send(source, m.Lease(lease_s=self.lease_s, worker_epoch=beat.worker_epoch)))
+
+    def _on_WorkerLeaving(self, source: str, leaving: m.WorkerLeaving, now_s: float) -> None:
+        if leaving.worker_id in self.workers:
+            self._drain(leaving.worker_id, "it was told to end", now_s, LEAVE_S)
+            self._tick(now_s)
+
+    # ------------------------------------------------------------------ drain and stop
+
+    def _drain(self, worker_id: str, reason: str, now_s: float, within_s: float = DRAIN_S) -> None:
+        """Nothing new goes there; the tick moves away what it holds, one by one, and what is left is suspended."""
+        worker = self.workers[worker_id]
+        suspend_at_s = now_s + within_s
+        worker.suspend_at_s = min(suspend_at_s, worker.suspend_at_s or suspend_at_s)
+        if worker.state != "draining":
+            worker.state = "draining"
+            self.view.workers.state[worker.row] = views.DRAINING
+            self._note(now_s, "drain", worker=worker_id, reason=reason)
+            self._tell_worker(worker_id)
+        self._stop_if_empty(worker_id)
+
+    def _undrain(self, action: plans.UndrainWorker, now_s: float) -> None:
+        worker = self.workers.get(action.worker)
+        if worker is None or worker.state != "draining" or worker.blamed is False:
+            return
+        worker.state, worker.suspend_at_s = "ready", None
+        self.view.workers.state[worker.row] = views.READY
+        self._note(now_s, "undrain", worker=action.worker, reason=action.reason)
+        self._tell_worker(action.worker)
+
+    def _stop_if_empty(self, worker_id: str) -> None:
+        worker = self.workers.get(worker_id)
+        if worker is None or worker.closing or (worker.state != "draining" and not self.stopping):
+            return
+        if self._held_count(worker_id):
+            return
+        worker.blamed = False
+        self._out.append(Send(worker_id, m.StopWorker(worker_id=worker_id, reason="drained, it owns nothing")))
+
+    def _empty_late(self, now_s: float) -> None:
+        """Workers that could not be emptied by migration in time: their sessions go to host memory."""
+        for worker_id, worker in self.workers.items():
+            if worker.suspend_at_s is not None and now_s >= worker.suspend_at_s:
+                for live in self._held_by(worker_id):
+                    if live.adopt_by_s is None:
+                        self._suspend(live, "host", now_s, f"{worker_id} ends, and no other worker had room in time")
+
+    def stop(self, now_s: float) -> list[Any]:
+        """The server ends: every session is suspended to disk, then every worker is stopped. See `stopped`."""
+        self.stopping = True
+        for worker_id, worker in self.workers.items():
+            worker.state = "draining"
+            self.view.workers.state[worker.row] = views.DRAINING
+            self._tell_worker(worker_id)
+        self._stop_step(now_s)
+        return self._flush()
+
+    def _stop_step(self, now_s: float) -> None:
+        for live in list(self.sessions.values()):
+            if live.record.state in (SessionState.RUNNING, SessionState.STALLED) and live.adopt_by_s is None:
+                self._suspend(live, "disk", now_s, "the server stops")
+            elif live.record.state is SessionState.HOST:
+                self._spill(live)
+        for worker_id in list(self.workers):
+            self._stop_if_empty(worker_id)
+
+    @property
+    def stopped(self) -> bool:
+        """While stopping: no worker has a session any more and nothing is being written to disk."""
+        return self.stopping and not any(
+            live.record.owner in self.workers or live.record.state is SessionState.SPILLING
+            for live in self.sessions.values()
+        )
+
+    # ------------------------------------------------------------------ growing and shrinking
+
+    def _add_workers(self, count: int, reason: str, now_s: float) -> list[str]:
+        """Ask the launcher for workers; their ids."""
+        wished = []
+        for _ in range(count):
+            number = 0
+            while (worker_id := f"w{number}") in self.workers or worker_id in self.expected:
+                number += 1
+            self._expect(worker_id, now_s)
+            self._wishes += 1
+            wish = m.FleetWish(request_id=f"{self.generation}-{self._wishes}", kind="add", worker_id=worker_id)
+            self._out.append(Send(LAUNCHER, wish))
+            self._note(now_s, "worker_request", worker=worker_id, reason=reason)
+            wished.append(worker_id)
+        return wished
+
+    def _expect(self, worker_id: str, now_s: float) -> None:
+        """It is on its way: the scheduler counts it as starting."""
+        if worker_id in self.workers or worker_id in self.expected:
+            return
+        self.expected[worker_id] = now_s
+        self._starting_rows[worker_id] = views.add_worker(
+            self.view,
+            worker_id,
+            state=views.STARTING,
+            request_s=now_s,
+            ready_at_s=now_s + self.view.provision_s,
+            row=self._free_worker_rows.pop() if self._free_worker_rows else None,
+        )
+
+    def _unexpect(self, worker_id: str) -> None:
+        self.expected.pop(worker_id, None)
+        row = self._starting_rows.pop(worker_id, None)
+        if row is not None:
+            self.view.workers.state[row] = views.ABSENT
+            self._free_worker_rows.append(row)
+
+    def _release(self, action: plans.ReleaseWorker, now_s: float) -> None:
+        worker_id = action.worker
+        self._note(now_s, "worker_release", worker=worker_id, reason=action.reason)
+        if worker_id in self.workers:
+            self._stop_if_empty(worker_id)
+        elif worker_id in self.expected:
+            self._unexpect(worker_id)
+            self._wish("remove", worker_id)
+
+    def _wish(self, kind: str, worker_id: str) -> None:
+        self._wishes += 1
+        self._out.append(
+            Send(
+                LAUNCHER,
+                m.FleetWish(request_id=f"{self.generation}-{self._wishes}", kind=kind, worker_id=worker_id),
+            )
+        )
+
+    def _on_FleetEvent(self, source: str, event: m.FleetEvent, now_s: float) -> None:
+        """What became of a process. The controller notices a loss by its socket; this says what comes after it."""
+        if source != LAUNCHER:
+            self._out.append(Drop(source, "FleetEvent is the launcher's to send"))
+        elif event.kind == "stopping":
+            self._out += self.stop(now_s)
+        elif event.kind in ("started", "backing_off"):
+            self._expect(event.worker_id, now_s)
+            if event.kind == "backing_off":
+                self._note(now_s, "backing_off", worker=event.worker_id, reason=event.reason)
+        elif event.kind in ("exited", "failed"):
+            self._unexpect(event.worker_id)
+            if event.worker_id in self.workers:
+                self._lose_worker(event.worker_id, event.reason or f"it exited with {event.exit_code}", now_s)
+            self._note(now_s, f"worker_{event.kind}", worker=event.worker_id, reason=event.reason or "it ended")
+            self._tick(now_s)
+
+    def _tell_worker(self, worker_id: str) -> None:
+        worker = self.workers[worker_id]
+        self._out.append(
+            Send(
+                GATEWAY,
+                m.WorkerChanged(
+                    worker_id=worker_id,
+                    worker_epoch=worker.hello.worker_epoch,
+                    state=worker.state,
+                    numerics_id=worker.hello.numerics_id,
+                ),
+            )
+        )

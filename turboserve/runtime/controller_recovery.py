@@ -1,0 +1,256 @@
+"""What the controller does when a worker is gone, a session is broken, or it has itself just started.
+
+**Lost worker.** Each of its sessions belongs to nobody under a new epoch in the same event; the tick that follows puts
+those that are watched onto other workers, in order of waiting, as far as there is room. The others wait in host
+memory, where their recovery points are. None is failed for lack of room.
+
+**Suspects.** A session that had chunks to make when its worker died gets a strike: one of them may have killed it.
+Strikes go when the session is `STRIKE_CHUNKS` past the chunk where it happened. A session whose worker dies a second
+time while no other one with two strikes was there is quarantined (it fails, `session_poisoned`). Where several had two
+strikes nobody knows which it was: from then on they are kept on different workers, so that the next death tells.
+
+**Start.** A session that the directory says a worker owns is left alone for `lease_s` and a margin: its owner says
+SessionOpened, or is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from turboserve.orchestrator import view as views
+from turboserve.runtime import messages as m
+from turboserve.runtime.controller_books import GATEWAY, Kind, Live, Phase, Send
+from turboserve.runtime.controller_moves import ControllerMoves
+from turboserve.session import SessionRecord, SessionState
+
+STRIKES_MAX = 2
+STRIKE_CHUNKS = 3
+ADOPT_MARGIN_S = 1.0
+
+_WAITS = frozenset({SessionState.QUEUED, SessionState.RECOVERING, SessionState.HOST, SessionState.DISK})
+
+
+class ControllerRecovery(ControllerMoves):
+    """Losing workers, breaking sessions, and taking over from an earlier controller."""
+
+    # ------------------------------------------------------------------ a worker is gone
+
+    def _lose_worker(self, worker_id: str, reason: str, now_s: float, *, blame: bool = True) -> None:
+        """`blame` false: it was ended on purpose, and no session is suspected of it."""
+        worker = self.workers.pop(worker_id)
+        self.view.workers.state[worker.row] = views.ABSENT
+        self._free_worker_rows.append(worker.row)
+        self._note(now_s, "worker_lost", worker=worker_id, reason=reason)
+        self._out.append(
+            Send(
+                GATEWAY,
+                m.WorkerChanged(
+                    worker_id=worker_id, worker_epoch=worker.hello.worker_epoch, state="lost", reason=reason
+                ),
+            )
+        )
+        held = self._held_by(worker_id)
+        guilty = self._strike(held, now_s) if blame and worker.blamed else None
+        for live in held:
+            if live.record.state is SessionState.CLOSING:
+                self._forget(live, SessionState.CLOSED)
+            elif live is guilty:
+                message = f"{live.record.strikes} workers ended while they made it; it is not tried again"
+                self._note(now_s, "quarantine", session=live.record.session_id, reason=message)
+                self._fail(live, "session_poisoned", message)
+            else:
+                self._recover(live, now_s, f"worker {worker_id} was lost: {reason}")
+        for live in list(self.sessions.values()):
+            move = live.move
+            if move is None:
+                continue
+            if move.target == worker_id and move.kind is Kind.MIGRATE:
+                # Not yet the owner, else it would have been among the held.
+                if move.phase is Phase.PREPARE:
+                    self._stay(live, now_s, f"{worker_id} was lost")
+                else:
+                    self._go_on_at_source(live, now_s, f"{worker_id} was lost")
+            elif move.source == worker_id:
+                move.source = ""  # the copy to fall back on is gone
+
+    def _recover(self, live: Live, now_s: float, why: str) -> None:
+        """Nobody has it any more; whoever comes next begins at its newest recovery point."""
+        record, move = live.record, live.move
+        self._note(now_s, "recover", session=record.session_id, reason=why)
+        if move is not None and move.kind is Kind.MIGRATE:
+            if move.phase is Phase.OPEN and move.source in self.workers:
+                self._go_on_at_source(live, now_s, why)
+                return
+            if move.phase is not Phase.OPEN and self.workers.get(move.target) is not None:
+                self._store.set_move(record.session_id, 0, "")
+                self._to_recovering(live, why)
+                # The slot that was prepared has most of its pages.
+                if self._open(
+                    live,
+                    move.target,
+                    Kind.RECOVER,
+                    SessionState.LOADING,
+                    now_s,
+                    reason=f"{why}; prepared",
+                    move_id=move.id,
+                ):
+                    return
+        if record.state is SessionState.LOADING and not live.began:
+            self._wait_again(live, now_s, why, pause=False)
+            return
+        live.move, live.adopt_by_s = None, None
+        if record.state is SessionState.RESUMING:
+            self._wait_again(live, now_s, why, pause=False)
+            return
+        self._to_recovering(live, why)
+        if not self._own(live, None, SessionState.RECOVERING, why):
+            return
+        self._tell_session(live)
+        if not live.wanted:
+            self._move(live, SessionState.HOST, "nobody watches it: it waits in host memory")
+            self._tell_session(live)
+
+    def _to_recovering(self, live: Live, why: str) -> None:
+        """In the record alone; `_own` or `_open` then writes it."""
+        if live.record.state is not SessionState.RECOVERING:
+            live.record.move(SessionState.RECOVERING, why)
+            self._tell_session(live)
+
+    # ------------------------------------------------------------------ suspects
+
+    def _strike(self, held: list[Live], now_s: float) -> Live | None:
+        """Note who was at work when the worker died; the session that did it, when that is certain."""
+        at_work = [one for one in held if one.wanted and one.record.state not in (SessionState.CLOSING, *_WAITS)]
+        for live in at_work:
+            live.record.strikes += 1
+            live.strike_index = max(live.strike_index, live.next_index)
+        suspects = [one for one in at_work if one.record.strikes >= STRIKES_MAX]
+        return suspects[0] if len(suspects) == 1 else None
+
+    def _progress(self, source: str, beat: m.Heartbeat) -> None:
+        """Chunks made clear a session of suspicion."""
+        for session_id, next_index in beat.progress.items():
+            live = self.sessions.get(session_id)
+            if live is None or live.record.owner != source or live.move is not None:
+                continue
+            live.next_index = max(live.next_index, next_index)
+            if live.record.strikes and live.strike_index >= 0 and next_index >= live.strike_index + STRIKE_CHUNKS:
+                live.record.strikes, live.strike_index = 0, -1
+                self._store.set_state(session_id, live.record.state, live.record.reason, 0)
+
+    def _apart(self, live: Live, wanted: str) -> str | None:
+        """The worker to put it on when the tick says `wanted`: away from where it broke and from other suspects.
+
+        None: it must wait, because every worker with room has a suspect as grave as itself.
+        """
+        grave = live.record.strikes >= STRIKES_MAX
+        if not live.record.strikes and wanted != live.avoid:
+            return wanted
+        suspects: dict[str, int] = {}
+        for other in self.sessions.values():
+            if other is not live and other.record.owner and other.record.strikes:
+                worst = max(suspects.get(other.record.owner, 0), other.record.strikes)
+                suspects[other.record.owner] = worst
+        roomy = [wanted] + [one for one in sorted(self.workers) if one != wanted and self._takes(one)]
+        if not live.record.strikes:
+            suspects = {}
+        away = [one for one in roomy if one != live.avoid] or roomy
+        clean = [one for one in away if one not in suspects]
+        if clean:
+            return clean[0]
+        if grave:
+            light = [one for one in away if suspects[one] < STRIKES_MAX]
+            return light[0] if light else None
+        return away[0]
+
+    # ------------------------------------------------------------------ a session that breaks
+
+    def _on_SessionBroken(self, source: str, broken: m.SessionBroken, now_s: float) -> None:
+        live = self._owned(source, broken.session_id, broken.epoch)
+        # One that closes already is on its way out: its release ends it.
+        if live is not None and live.record.state is not SessionState.CLOSING:
+            self._break(live, broken.chunk_index, broken.code or "session_failed", broken.message, now_s)
+
+    def _on_SessionStuck(self, source: str, stuck: m.SessionStuck, now_s: float) -> None:
+        """The gateway gets nothing from the owner, or something it cannot follow."""
+        live = self.sessions.get(stuck.session_id)
+        if live is None or live.record.owner is None or live.record.epoch != stuck.epoch or live.move is not None:
+            return
+        if live.record.state in (SessionState.RUNNING, SessionState.STALLED):
+            live.anew = stuck.code == "ahead"
+            self._break(live, stuck.next_index, "worker_failed", f"its owner is {stuck.code}", now_s)
+
+    def _break(self, live: Live, chunk_index: int, code: str, message: str, now_s: float) -> None:
+        """Once more, from the recovery point, elsewhere: it may have been that worker. Then it fails."""
+        source = live.record.owner or ""
+        message = f"chunk {chunk_index}: {message}"
+        self._drop_prepared(live)
+        self._send_close(source, live.record.session_id, live.record.epoch)
+        if live.broken_index >= 0 and chunk_index < live.broken_index + STRIKE_CHUNKS:
+            self._fail(live, code, message)
+        else:
+            live.broken_index, live.avoid = chunk_index, source
+            live.move = None
+            self._to_recovering(live, message)
+            self._own(live, None, SessionState.RECOVERING, message)
+            self._note(now_s, "recover", session=live.record.session_id, reason=f"{source}: {message}; tried once more")
+            self._tell_session(live)
+        self._tick(now_s)
+
+    # ------------------------------------------------------------------ a controller that starts
+
+    def take_over(
+        self,
+        stored: Iterable[tuple[SessionRecord, m.CreateSession]],
+        now_s: float,
+        moves: Mapping[str, tuple[int, str]] | None = None,
+    ) -> None:
+        """The sessions of an earlier controller, as the directory has them. Call it before the first message.
+
+        `moves`: session -> (move_id, target) of migrations that were under way; they are given up.
+        """
+        for session_id, (move_id, target) in (moves or {}).items():
+            self.old_moves.setdefault(target, []).append((session_id, move_id))
+        adopt_by_s = now_s + self.lease_s + ADOPT_MARGIN_S
+        for record, request in stored:
+            live = self._add(record, request, now_s)
+            live.began = record.epoch > 1 or record.state not in (SessionState.QUEUED, SessionState.LOADING)
+            live.wanted = record.state in (SessionState.QUEUED, SessionState.RECOVERING)
+            if record.owner is not None:
+                live.adopt_by_s = adopt_by_s
+            elif record.state is SessionState.SPILLING:
+                self._move(live, SessionState.HOST, "not yet on disk when the controller ended")
+            elif record.state is SessionState.CLOSING:
+                self._forget(live, SessionState.CLOSED)
+                continue
+            self._show(live)
+
+    def _adopt(self, live: Live, source: str, opened: m.SessionOpened, now_s: float) -> None:
+        """Its owner still has it, under the epoch that the directory names."""
+        self._note(now_s, "adopt", worker=source, session=opened.session_id, reason="its worker has it as before")
+        state = live.record.state
+        if state is SessionState.CLOSING:
+            live.adopt_by_s = None
+            self._show(live)
+            self._send_close(source, opened.session_id, opened.epoch)
+            return
+        if state is SessionState.RECOVERING:
+            live.record.move(SessionState.LOADING)
+        self._arrived(live, source, opened, now_s)
+        self._store.set_move(opened.session_id, 0, "")
+
+    def _adoption_deadlines(self, now_s: float) -> bool:
+        """Owners that did not come are given up. True when something changed."""
+        late = [one for one in self.sessions.values() if one.adopt_by_s is not None and now_s >= one.adopt_by_s]
+        for live in late:
+            live.adopt_by_s = None
+            owner = live.record.owner or ""
+            self._send_close(owner, live.record.session_id, live.record.epoch)
+            if live.record.state is SessionState.CLOSING:
+                self._forget(live, SessionState.CLOSED)
+            else:
+                self._recover(live, now_s, f"{owner} did not say that it has it")
+        return bool(late)
+
+    def _add(self, record: SessionRecord, request: m.CreateSession, now_s: float) -> Live:
+        raise NotImplementedError

@@ -124,6 +124,7 @@ class Move:
     deadline_s: float
     source_epoch: int = 0
     reason: str = ""
+    tier: str = "host"
 
 
 @dataclass(slots=True)

@@ -190,6 +190,8 @@ class ControllerLogic(ControllerFleet):
         live = self._owned(source, released.session_id, released.epoch)
         if live is not None and live.record.state is SessionState.CLOSING:
             self._forget(live, SessionState.CLOSED)
+        elif live is not None and (live.move is None or live.move.phase is not Phase.OPEN):
+            self._recover(live, now_s, f"{source} does not have it")
         self._stop_if_empty(source)
         self._tick(now_s)
 

@@ -77,7 +77,7 @@ class ControllerMoves(ControllerBooks):
             return False
         owner = record.owner
         live.move = Move(
-            Kind.SUSPEND, Phase.SUSPEND, 0, owner, "", now_s, now_s + self.move_deadline_s, record.epoch, reason
+            Kind.SUSPEND, Phase.SUSPEND, 0, owner, "", now_s, now_s + self.move_deadline_s, record.epoch, reason, tier
         )
         self._move(live, SessionState.OFFLOADING, reason)
         self._out.append(Send(owner, m.SuspendSession(session_id=record.session_id, epoch=record.epoch, tier=tier)))
@@ -211,11 +211,12 @@ class ControllerMoves(ControllerBooks):
             if live.record.state not in _RESTING:
                 self._move(live, SessionState.STALLED)
             self._move(live, SessionState.OFFLOADING, "its worker ends")
+        to_disk = self.stopping or (live.move is not None and live.move.tier == "disk")
         self._measure("offload_s", live.move, now_s)
         live.move, live.adopt_by_s = None, None
         live.next_index, live.point_bytes = suspended.next_index, suspended.point_bytes
         self._own(live, None, SessionState.HOST, live.record.reason)
-        if suspended.tier == "disk" or self.stopping:
+        if to_disk:
             self._spill(live)
         self._tell_session(live)
         self._stop_if_empty(source)

@@ -44,16 +44,23 @@ def bench_command(measure: Callable[..., Iterator[Row]]) -> click.Command:
                 if wanted(row.case):
                     rows.append(row)
                     status.update(f"measured {row.case} {row.shape}")
-        if not rows:
-            raise ConfigError(f"no case fits {case!r}", hint="leave --case out to see them all")
-        terminal.print(rows[0].device, f"commit {rows[0].commit}", sep=", ")
-        terminal.print(table(rows), soft_wrap=True)
-        if out is not None:
-            name = f"{click.get_current_context().info_name}.{machine_slug()}.json"
-            path = out / name if out.is_dir() else out
-            write_report(rows, path)
-            terminal.print(f"saved {path}", soft_wrap=True)
-        if as_json:
-            print_json(report(rows))
+        deliver(rows, case, out, as_json, machine_slug())
 
     return command
+
+
+def deliver(rows: list[Row], pattern: str, out: Path | None, as_json: bool, machine: str) -> None:
+    """Rows to the terminal, to the file asked for (in a folder: under the benchmark's and the machine's name), and as
+    JSON. ConfigError when no case fitted `pattern`."""
+    if not rows:
+        raise ConfigError(f"no case fits {pattern!r}", hint="leave --case out to see them all")
+    terminal = console()
+    terminal.print(rows[0].device, f"commit {rows[0].commit}", sep=", ")
+    terminal.print(table(rows), soft_wrap=True)
+    if out is not None:
+        name = f"{click.get_current_context().info_name}.{machine}.json"
+        path = out / name if out.is_dir() else out
+        write_report(rows, path)
+        terminal.print(f"saved {path}", soft_wrap=True)
+    if as_json:
+        print_json(report(rows))

@@ -1,8 +1,8 @@
-"""`turboserve bench kernels`: what the kernels compile to, on any machine.
+"""`turboserve bench kernels`: what the kernels compile to, and how fast they are.
 
 `--compile-only` needs no GPU: every kernel and shipped configuration is compiled ahead of time for the asked
-architectures, and a row each says registers, spills, shared memory and what instructions came out. Timing on a device
-is not here yet, and asking for it says so.
+architectures, and a row each says registers, spills, shared memory and what instructions came out. Otherwise they are
+timed: on a GPU the kernels, on a CPU (`--device cpu`) the PyTorch path (see kernel_cases.py).
 """
 
 from __future__ import annotations
@@ -77,20 +77,44 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     console().print(table)
 
 
+def _time(pattern: str, device_name: str | None, rounds: int, out: Path | None, as_json: bool) -> int:
+    from turboserve.bench import kernel_timing
+    from turboserve.bench.command import deliver
+
+    device = kernel_timing.device_of(device_name)
+    skipped: set[str] = set()
+    rows = list(kernel_timing.timed_rows(device, pattern, rounds, skipped))
+    deliver(rows, pattern, out, as_json, kernel_timing.file_slug(device))
+    for line in sorted(skipped):
+        click.echo(f"not run: {line}", err=True)
+    return 0
+
+
 @click.command()
 @click.option("--compile-only", is_flag=True, help="Compile ahead of time; no GPU needed.")
 @click.option("--arch", "arches", multiple=True, type=click.Choice(ARCHES), help="Default: all of them.")
 @click.option("--case", "pattern", default="*", metavar="GLOB", help="Only kernels (or cases) whose name matches.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows to this JSON file.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="What to time on; default: the GPU.")
+@click.option("--rounds", default=30, type=click.IntRange(3), help="Timed runs of each contender.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="F.json|DIR", help="Save the rows.")
 @json_option
-def command(compile_only: bool, arches: tuple[str, ...], pattern: str, out: Path | None, as_json: bool) -> int:
-    """What the kernels compile to: registers, spills, shared memory, instructions."""
+def command(
+    compile_only: bool,
+    arches: tuple[str, ...],
+    pattern: str,
+    device: str | None,
+    rounds: int,
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """How fast the kernels are, or (--compile-only) what they compile to: registers, spills, instructions."""
     if not compile_only:
-        raise ConfigError("kernel timing on a device does not exist yet", expected="--compile-only")
+        return _time(pattern, device, rounds, out, as_json)
     rows, wrong, skipped = compile_rows([int(one) for one in arches or ARCHES], pattern)
     found = {"rows": rows, "problems": wrong, "skipped": skipped}
     if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        path = out / "kernels-compiled.json" if out.is_dir() else out
+        path.write_text(json.dumps(found, indent=1) + "\n")
     if as_json:
         print_json(found)
     else:

@@ -13,7 +13,7 @@ import click
 BENCHES: dict[str, str] = {
     "coalescing": "Many sessions in shared passes, against one at a time.",
     "frame-ring": "Chunks from worker to gateway: shared memory against pickles.",
-    "kernels": "What the GPU kernels compile to, without a GPU.",
+    "kernels": "The kernels: how fast on this device; what they compile to, without one.",
     "scheduler-loops": "The scheduler's numba loops, against plain Python.",
     "page": "What a viewer of the page gets, in Chromium.",
     "serve": "A server under the load of a trace, as its viewers see it.",

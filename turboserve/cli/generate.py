@@ -37,7 +37,7 @@ class AtType(click.ParamType):
 @click.option("--seconds", default=8.0, type=click.FloatRange(min=0, min_open=True, max=86_400), help="Of video.")
 @click.option("--seed", type=click.IntRange(0, SEED_MAX), help="The same seed gives the same video.  [default: random]")
 @click.option("--at", "switches", multiple=True, type=AtType(), help='A new prompt from a time on: 5s="new prompt".')
-@click.option("--model", default="shapes", help="A name from `turboserve models`.")
+@click.option("--model", default="shapes", help="A name from `turboserve models`, a folder or a model.toml.")
 @click.option("--steps", type=click.IntRange(1, 64), help="Denoise steps per chunk.  [default: the model's own]")
 @click.option("--prompt-switch", help="What a new prompt does to the past: swap, recache or blend.  [default: model's]")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))

@@ -1,18 +1,28 @@
-"""`turboserve models`: what can be served, and what one session of it costs."""
+"""`turboserve models`: what can be served, what a path holds, and how checkpoints become models."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from turboserve.cli.options import console, json_option, print_json
 
+PATH = click.Path(exists=True, path_type=Path)
+OUT_FILE = click.Path(dir_okay=False, path_type=Path)
 
-@click.command()
+
+@click.group(invoke_without_command=True)
 @json_option
-def command(as_json: bool) -> None:
-    """List what can be served: size, rate, steps, and the bytes that one session holds."""
+@click.pass_context
+def command(context: click.Context, as_json: bool) -> None:
+    """List what can be served: size, rate, steps, and the bytes that one session holds.
+
+    The commands below look into checkpoints, convert them, put models together and fetch parts.
+    """
+    if context.invoked_subcommand is not None:
+        return
     from turboserve.model.registry import model_names
 
     models = [describe(name) for name in model_names()]
@@ -74,3 +84,95 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError
+
+
+@command.command()
+@click.argument("path", type=PATH)
+@click.option("--profile", help="Latency profile for the expected chunk time: a JSON file or a shipped name.")
+@click.option("--gpu-memory-gb", type=click.FloatRange(min=1), default=141.0, help="Of the GPU that sessions share.")
+@click.option("--verify", is_flag=True, help="Read every byte and compare with the recorded SHA-256.")
+@json_option
+def inspect(path: Path, profile: str | None, gpu_memory_gb: float, verify: bool, as_json: bool) -> int:
+    """Tell what PATH holds: parts, layout, shape, state bytes per session, sessions per GPU.
+
+    Nothing pickled is opened. Exit 1 when a needed part is missing, or bytes differ from what is recorded.
+    """
+    from turboserve.cli._models_inspect import inspect_path, lines_of
+
+    found = inspect_path(path, profile, gpu_memory_gb, verify)
+    if as_json:
+        print_json(found)
+    else:
+        for line in lines_of(found):
+            click.echo(line)
+    return 0 if found["servable"] is not False and found.get("verified") is not False else 1
+
+
+@command.command()
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--output", type=OUT_FILE, help="The safetensors file to write.  [default: beside SOURCE]")
+@click.option("--lora", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A LoRA to merge in.")
+@click.option("--lora-alpha", type=click.FloatRange(min=0), help="Its alpha.  [default: its rank]")
+@click.option("--under", default="", help="The entry that holds the weights.  [default: averaged ones where there are]")
+@json_option
+def convert(
+    source: Path, output: Path | None, lora: Path | None, lora_alpha: float | None, under: str, as_json: bool
+) -> None:
+    """Turn a pickled checkpoint (.pt, .pth) into safetensors, in a process of its own.
+
+    Training wrappers are stripped from the names. The server itself opens safetensors alone.
+    """
+    from turboserve.cli._models_make import run_conversion
+
+    output = output or source.with_suffix(".safetensors")
+    made = run_conversion(source, output, lora, lora_alpha, under)
+    if as_json:
+        print_json(made)
+        return
+    click.echo(made["output"])
+    merged = f", {made['lora_merged']} LoRA pairs merged" if made["lora_merged"] else ""
+    click.echo(f"  {made['kind']}, {made['tensors']} tensors, {human_bytes(made['bytes'])}{merged}")
+
+
+@command.command()
+@click.option("--transformer", type=PATH, required=True, help="File or folder of safetensors.")
+@click.option("--vae", type=PATH, help="A Wan VAE; it or a light decoder is needed.")
+@click.option("--text-encoder", type=PATH, required=True, help="Folder with config.json and safetensors.")
+@click.option("--tokenizer", type=PATH, help="tokenizer.json.  [default: in or beside the text encoder]")
+@click.option("--light-decoder", type=PATH, help="A TAEHV-class decoder.")
+@click.option("--decoder", type=click.Choice(["vae", "light"]), help="Of both.  [default: vae]")
+@click.option("--preset", help="From model/presets.py.  [default: told by the transformer's shape]")
+@click.option("--name", help="What clients call it.  [default: the preset's]")
+@click.option("--size", help="WxH in pixels.  [default: the preset's]")
+@click.option("--licence", default="", help="Of the weights, as their owner states it.")
+@click.option("--text-device", default="same", type=click.Choice(["same", "cpu"]))
+@click.option("-o", "--output", type=OUT_FILE, default=Path("model.toml"), help="The file to write.")
+@json_option
+def compose(as_json: bool, output: Path, **options: Any) -> None:
+    """Write a model.toml: parts from several places as one model, with their SHA-256."""
+    from turboserve.cli._models_make import compose_manifest
+
+    made = compose_manifest(output, **options)
+    if as_json:
+        print_json(made)
+        return
+    click.echo(made["output"])
+    click.echo(f"  {made['name']}: preset {made['preset']}, {made['size']}; serve it: turboserve serve {output}")
+
+
+@command.command()
+@click.argument("repository", metavar="REPO[@REV]")
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder.  [default: its name]")
+@click.option("--include", multiple=True, help="Only files that match, such as 'vae/*'. May be given again.")
+@click.option("--list", "list_only", is_flag=True, help="Show files, bytes and licence; fetch nothing.")
+@json_option
+def pull(repository: str, output: Path | None, include: tuple[str, ...], list_only: bool, as_json: bool) -> None:
+    """Fetch a repository's weights from the Hugging Face hub: progress, resume, hash check, licence shown."""
+    from turboserve.cli._models_pull import pull_repository
+
+    made = pull_repository(repository, output, include, list_only)
+    if as_json:
+        print_json(made)
+        return
+    if not list_only:
+        click.echo(made["output"])

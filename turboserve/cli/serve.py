@@ -56,11 +56,13 @@ from turboserve.errors import ConfigError
 @click.option("--log-format", default="auto", type=click.Choice(["auto", "console", "json"]))
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 def command(**options: Any) -> int:
-    """Start the server: pages, API, workers. MODEL is a name from `turboserve models`."""
+    """Start the server: pages, API, workers. MODEL is a name from `turboserve models`, a folder or a model.toml."""
     if options["backend"] == "ray":
         raise ConfigError("--backend ray does not exist yet", expected="--backend local", hint="leave the option out")
+    from turboserve.model.registry import resolve
     from turboserve.server.fleet import ServeOptions, serve
 
+    options["model"] = resolve(options["model"])
     options["device"] = _device(options["device"])
     options["data_dir"] = options["data_dir"] or default_data_dir(options["port"])
     origins = options.pop("allowed_origins")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from turboserve.errors import CheckpointError
 from turboserve.model import key_maps
 from turboserve.model.dit import CausalVideoTransformer, TransformerConfig
 from turboserve.model.light_decoder import LightDecoder, LightDecoderConfig
+from turboserve.model.presets import guess_preset
 from turboserve.model.rotary import halves_order
 from turboserve.model.tensor_files import TensorFiles, fill
 from turboserve.model.vae import VaeConfig, WanVaeDecoder
@@ -57,8 +59,41 @@ def transformer_names(layout: Layout) -> Callable[[str], str]:
     return key_maps.strip_wrappers if layout is Layout.WRAPPED else lambda key: key
 
 
+def shape_of_transformer(files: TensorFiles) -> tuple[int, int]:
+    """(layers, width) of a transformer in any layout."""
+    rename = transformer_names(transformer_layout(files.keys, files.source))
+    names = {rename(key): key for key in files.keys}
+    layers = {key.split(".")[1] for key in names if key.startswith("blocks.")}
+    return len(layers), files.shape(names["patch_embedding.weight"])[0]
+
+
+def describe_weights(files: TensorFiles) -> dict[str, Any]:
+    """{"holds", "layout", "shape"} of a weights file, from its header alone."""
+    keys = files.keys
+    if is_light_decoder(keys):
+        light = light_config(files)
+        return {"holds": "light decoder", "shape": {"latent_channels": light.latent_channels, "widths": light.widths}}
+    if "conv2.weight" in keys or "post_quant_conv.weight" in keys:
+        diffusers = "post_quant_conv.weight" in keys
+        layout = Layout.DIFFUSERS if diffusers else Layout.ORIGINAL
+        channels = files.shape("post_quant_conv.weight" if diffusers else "conv2.weight")[0]
+        return {"holds": "VAE", "layout": layout.value, "shape": {"latent_channels": channels}}
+    if "shared.weight" in keys or "token_embedding.weight" in keys:
+        original = "token_embedding.weight" in keys
+        vocabulary, width = files.shape("token_embedding.weight" if original else "shared.weight")
+        layout_name = Layout.ORIGINAL.value if original else "transformers"
+        return {"holds": "text encoder", "layout": layout_name, "shape": {"words": vocabulary, "width": width}}
+    layout = transformer_layout(keys, files.source)
+    layers, dim = shape_of_transformer(files)
+    guessed = guess_preset(layers, dim)
+    found: dict[str, Any] = {"holds": "transformer", "layout": layout.value, "shape": {"layers": layers, "width": dim}}
+    if guessed is not None:
+        found["shape_of_preset"] = guessed.name
+    return found
+
+
 def infer_config(files: TensorFiles, base: TransformerConfig) -> TransformerConfig:
-    """The config that a file's shapes imply; what shapes do not tell (heads, rotary mode) is the preset's."""
+    """The config that a file's shapes imply; what they do not tell (heads, rotary mode) is the preset's."""
     layout = transformer_layout(files.keys, files.source)
     names = {transformer_names(layout)(key): key for key in files.keys}
 
@@ -69,12 +104,10 @@ def infer_config(files: TensorFiles, base: TransformerConfig) -> TransformerConf
 
     dim = shape("patch_embedding.weight")[0]
     blocks = {key.split(".")[1] for key in names if key.startswith("blocks.")}
-    if dim % base.head_dim:
-        raise CheckpointError(f"{files.source} is {dim} wide", expected=f"a multiple of the head size {base.head_dim}")
     return TransformerConfig(
         layers=len(blocks),
         dim=dim,
-        heads=dim // base.head_dim,
+        heads=base.heads,
         ffn_dim=shape("blocks.0.ffn.0.weight")[0],
         patch_dim=shape("head.head.weight")[0],
         text_dim=shape("text_embedding.0.weight")[1],

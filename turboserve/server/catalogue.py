@@ -103,7 +103,7 @@ class Catalogue:
             return None
 
     def check_prompt(self, text: str, seed: int) -> PromptReport:
-        return registry.check_prompt(self.spec.name, text, seed)
+        return registry.check_prompt(self._config.model, text, seed)
 
     def as_json(self) -> dict[str, Any]:
         """One entry of GET /v1/models."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from turboserve.model.dit import TransformerConfig
-from turboserve.model.interface import Field, ModelSpec, PromptSwitch, Rebuild, Tier, Update
+from turboserve.model.interface import Field, PromptSwitch, Rebuild, Tier, Update
 from turboserve.model.presets import WanPreset
 from turboserve.model.rotary import RopeMode
 
@@ -75,28 +75,6 @@ def state_layout(
     fields += decoder.cache_fields(rows, columns, dtype)
     fields.append(Field(WORK, latents, "float32", Tier.DEVICE, Update.SCRATCH))
     return tuple(fields)
-
-
-def wan_spec(preset: WanPreset, size: str, name: str, model_hash: str) -> ModelSpec:
-    """The spec of a preset at a size."""
-    width, _, height = size.partition("x")
-    return ModelSpec(
-        name=name,
-        model_hash=model_hash,
-        width=int(width),
-        height=int(height),
-        fps=preset.fps,
-        # The first latent frame becomes one pixel frame, every other time_factor.
-        chunk_frames_first=1 + (preset.chunk_latent_frames - 1) * preset.time_factor,
-        chunk_frames_rest=preset.chunk_latent_frames * preset.time_factor,
-        slot=preset.slot(size),
-        denoise_steps=preset.schedule.steps,
-        denoise_steps_floor=preset.steps_floor,
-        prompt_switch=preset.prompt_switch,
-        sizes=(size,),
-        max_chunks=preset.max_chunks,
-        about=preset.about,
-    )
 
 
 def to_tokens(latents: Tensor) -> Tensor:

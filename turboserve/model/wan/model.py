@@ -41,6 +41,7 @@ from turboserve.model.vae import to_uint8
 from turboserve.model.wan import layout
 from turboserve.model.wan.layout import KV_CACHE, LATENTS, TEXT_KV, WORK, FrameDecoder, from_tokens, to_tokens
 from turboserve.model.wan.prompts import Mix, next_text
+from turboserve.model.wan.spec import wan_spec
 
 _log = logging.getLogger(__name__)
 _CONTEXT_LEVEL = 0
@@ -65,7 +66,7 @@ class WanModel:
     """One instance serves all sessions of a worker."""
 
     def __init__(self, parts: WanParts, preset: WanPreset, *, size: str, name: str, model_hash: str) -> None:
-        self.spec = layout.wan_spec(preset, size, name, model_hash)
+        self.spec = wan_spec(preset, size, name, model_hash)
         self.preset = preset
         self._transformer, self._decoder = parts.transformer, parts.decoder
         self._transformer.choose_kernels()

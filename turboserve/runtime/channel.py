@@ -126,28 +126,38 @@ class Channel:
             await asyncio.wait_for(self._writer.wait_closed(), 1.0)
 
 
-async def _client_side(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> Channel:
-    greeting = await reader.readexactly(len(MAGIC) + NONCE_BYTES)
-    if not greeting.startswith(MAGIC):
-        raise ProtocolError("the peer does not speak this protocol", expected=repr(MAGIC))
+async def client_handshake(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes, purpose: bytes = b""
+) -> tuple[bytes, bytes]:
+    """Proves both ends' knowledge of the token; (key to send with, key to receive with).
+
+    `purpose` keeps kinds of connections apart: both ends must name the same.
+    """
+    magic = MAGIC + purpose
+    greeting = await reader.readexactly(len(magic) + NONCE_BYTES)
+    if not greeting.startswith(magic):
+        raise ProtocolError("the peer does not speak this protocol", expected=repr(magic))
     nonce_c = secrets.token_bytes(NONCE_BYTES)
-    nonces = greeting[len(MAGIC) :] + nonce_c
+    nonces = greeting[len(magic) :] + nonce_c + purpose
     writer.write(nonce_c + _mac(token, b"client", nonces))
     proof = await reader.readexactly(hashlib.sha256().digest_size)
     if not hmac.compare_digest(proof, _mac(token, b"server", nonces)):
         raise AuthFailed("the server does not hold our token")
-    return Channel(reader, writer, _mac(token, b"c2s", nonces), _mac(token, b"s2c", nonces))
+    return _mac(token, b"c2s", nonces), _mac(token, b"s2c", nonces)
 
 
-async def _server_side(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> Channel:
+async def server_handshake(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes, purpose: bytes = b""
+) -> tuple[bytes, bytes]:
+    """The other end of `client_handshake`."""
     nonce_s = secrets.token_bytes(NONCE_BYTES)
-    writer.write(MAGIC + nonce_s)
+    writer.write(MAGIC + purpose + nonce_s)
     answer = await reader.readexactly(NONCE_BYTES + hashlib.sha256().digest_size)
-    nonces = nonce_s + answer[:NONCE_BYTES]
+    nonces = nonce_s + answer[:NONCE_BYTES] + purpose
     if not hmac.compare_digest(answer[NONCE_BYTES:], _mac(token, b"client", nonces)):
         raise AuthFailed("the client does not hold our token")
     writer.write(_mac(token, b"server", nonces))
-    return Channel(reader, writer, _mac(token, b"s2c", nonces), _mac(token, b"c2s", nonces))
+    return _mac(token, b"s2c", nonces), _mac(token, b"c2s", nonces)
 
 
 async def connect(host: str, port: int, token: bytes, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> Channel:
@@ -155,13 +165,19 @@ async def connect(host: str, port: int, token: bytes, *, timeout_s: float = HAND
     async with asyncio.timeout(timeout_s):
         reader, writer = await asyncio.open_connection(host, port)
         try:
-            return await _client_side(reader, writer, token)
+            return Channel(reader, writer, *await client_handshake(reader, writer, token))
         except asyncio.IncompleteReadError:
             writer.close()
             raise AuthFailed(f"{host}:{port} closed the connection during the handshake") from None
         except BaseException:
             writer.close()
             raise
+
+
+def check_named_address(host: str) -> None:
+    """ConfigError when a port would be open on every interface."""
+    if host in _WILDCARDS:
+        raise ConfigError(f"internal port on wildcard address {host!r}", expected="one named address")
 
 
 async def listen(
@@ -177,15 +193,12 @@ async def listen(
     `on_channel` runs for each peer that passed the handshake; the channel is closed when it returns. A peer that
     fails the handshake is dropped without an answer.
     """
-    if sock is not None:
-        host = str(sock.getsockname()[0])
-    if host in _WILDCARDS:
-        raise ConfigError(f"internal port on wildcard address {host!r}", expected="one named address")
+    check_named_address(host if sock is None else str(sock.getsockname()[0]))
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                channel = await _server_side(reader, writer, token)
+                channel = Channel(reader, writer, *await server_handshake(reader, writer, token))
         except (ProtocolError, asyncio.IncompleteReadError, TimeoutError, ConnectionError):
             writer.close()
             return

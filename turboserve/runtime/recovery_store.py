@@ -119,7 +119,7 @@ class PendingPoint:
     ) -> None:
         self._store = store
         self._chunk = chunk
-        self._frames_at = frames_at
+        self.frame_offsets = frames_at
         self.tail_offset = tail_at
         self.reservation = reservation
 
@@ -129,7 +129,7 @@ class PendingPoint:
 
     def write_frames(self, index: int, data: Any) -> None:
         """Copies the `index`-th of the undelivered frames' buffers."""
-        self.reservation.write(self._frames_at[index], data)
+        self.reservation.write(self.frame_offsets[index], data)
 
     def commit(self, digest: bytes) -> RecoveryPoint:
         """The one step that makes the point the session's latest."""
@@ -173,10 +173,14 @@ class RecoveryStore:
         tail_bytes: int,
         frame_bytes: Sequence[int] = (),
         meta: bytes = b"",
+        pages_pending: bool = False,
     ) -> PendingPoint:
-        """Reserve a point's memory and write its manifest. ArenaFull, or NotFound when a page has ended."""
+        """Reserve a point's memory and write its manifest. ArenaFull, or NotFound when a page has ended.
+
+        With `pages_pending` the pages may still be reservations; the caller commits them before the point.
+        """
         for page in pages:
-            if self.arena.get(page.extent) is None:
+            if not pages_pending and self.arena.get(page.extent) is None:
                 raise NotFound(f"page {page.key} of session {session} has ended", hint="write it again")
         listed = [
             (page.key, page.chunk, page.extent.entry, page.extent.generation, page.payload_bytes, page.checksum)

@@ -1,0 +1,127 @@
+"""A session's recovery point from one node's store to another's, over any transport.
+
+Pages that the destination has already (sent ahead while the session still generated, or left by an earlier visit) are
+not sent again: they are known by key, chunk, length and checksum. All memory is reserved before the first byte moves;
+pages and point are committed once everything has verified, the point last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from turboserve.errors import CorruptState, ProtocolError
+from turboserve.runtime.arena import KIND_PAGE, Extent, region
+from turboserve.runtime.recovery_store import PageRef, PendingPage, PendingPoint, RecoveryPoint, RecoveryStore
+from turboserve.runtime.transport import Buffer, Offer, Pieces, Transport
+
+
+class _PointManifest(msgspec.Struct, frozen=True, array_like=True):
+    """Pages are (key, chunk, bytes, checksum); their buffers come first, then the tail, then the frames."""
+
+    session: str
+    epoch: int
+    chunk: int
+    digest: bytes
+    meta: bytes
+    pages: list[tuple[str, int, int, int]]
+    tail_bytes: int
+    frame_bytes: list[int]
+
+
+async def send_point(transport: Transport, store: RecoveryStore, point: RecoveryPoint, *, timeout_s: float) -> int:
+    """Sends a point; the bytes that moved. It stays in this store. Errors as Transport.send."""
+    manifest = _PointManifest(
+        point.session,
+        point.epoch,
+        point.chunk,
+        point.digest,
+        point.meta,
+        [(page.key, page.chunk, page.payload_bytes, page.checksum) for page in point.pages],
+        point.tail_bytes,
+        list(point.frame_bytes),
+    )
+    buffers: list[Buffer] = [store.read_page(page) for page in point.pages]
+    buffers.append(store.read_tail(point))
+    buffers += [[memoryview(frame)] for frame in store.read_frames(point)]
+    skipped = await transport.send(msgspec.msgpack.encode(manifest), buffers, timeout_s=timeout_s)
+    sizes = [*(page.payload_bytes for page in point.pages), point.tail_bytes, *point.frame_bytes]
+    return sum(size for index, size in enumerate(sizes) if index not in skipped)
+
+
+async def receive_point(transport: Transport, store: RecoveryStore, *, timeout_s: float) -> RecoveryPoint:
+    """Receives one point into this store; committed when this returns. On any error nothing of it is left."""
+    incoming = _Incoming(store)
+    try:
+        await transport.receive(incoming.place, timeout_s=timeout_s)
+        return incoming.commit()
+    except BaseException:
+        incoming.cancel()
+        raise
+
+
+class _Incoming:
+    """The memory of a point on its way in."""
+
+    def __init__(self, store: RecoveryStore) -> None:
+        self._store = store
+        self._new: list[tuple[PendingPage, PageRef]] = []
+        self._committed: list[PageRef] = []
+        self._point: PendingPoint | None = None
+        self._digest = b""
+
+    def place(self, offer: Offer) -> Sequence[Pieces | None]:
+        try:
+            manifest = msgspec.msgpack.decode(offer.manifest, type=_PointManifest)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"a recovery point that does not decode: {error}") from None
+        sizes = (*(page[2] for page in manifest.pages), manifest.tail_bytes, *manifest.frame_bytes)
+        if sizes != offer.sizes:
+            raise ProtocolError("a recovery point whose manifest and buffers differ in size")
+        self._digest = manifest.digest
+        known = {
+            (one.meta.decode("ascii"), one.chunk, one.payload_bytes, one.checksum): one
+            for one in self._store.arena.find(manifest.session, kind=KIND_PAGE)
+        }
+        targets: list[Pieces | None] = []
+        refs = []
+        for key, chunk, bytes_, checksum in manifest.pages:
+            here: Extent | None = known.get((key, chunk, bytes_, checksum))
+            if here is not None:
+                refs.append(PageRef(key, chunk, here.id, bytes_, checksum))
+                targets.append(None)
+                continue
+            pending = self._store.begin_page(manifest.session, manifest.epoch, key, bytes_, chunk=chunk)
+            refs.append(PageRef(key, chunk, pending.reservation.id, bytes_, checksum))
+            self._new.append((pending, refs[-1]))
+            targets.append(pending.reservation.views)
+        self._point = self._store.begin_point(
+            manifest.session,
+            manifest.epoch,
+            manifest.chunk,
+            pages=refs,
+            tail_bytes=manifest.tail_bytes,
+            frame_bytes=manifest.frame_bytes,
+            meta=manifest.meta,
+            pages_pending=True,
+        )
+        views = self._point.reservation.views
+        targets.append(region(views, self._point.tail_offset, manifest.tail_bytes))
+        for at, size in zip(self._point.frame_offsets, manifest.frame_bytes, strict=True):
+            targets.append(region(views, at, size))
+        return targets
+
+    def commit(self) -> RecoveryPoint:
+        assert self._point is not None
+        for pending, expected in self._new:
+            self._committed.append(pending.commit())
+            if self._committed[-1] != expected:
+                raise CorruptState(f"page {expected.key} is not the one the manifest names")
+        return self._point.commit(self._digest)
+
+    def cancel(self) -> None:
+        for pending, _ in self._new:
+            pending.cancel()  # a committed one too: nothing names it yet
+        if self._point is not None:
+            self._point.cancel()

@@ -47,6 +47,16 @@ from turboserve.errors import ConfigError
     type=click.IntRange(1, 64),
     help="Allow fewer denoise steps under overload, down to this many.  [default: off]",
 )
+@click.option(
+    "--record",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for every decision's inputs and answer, for `simulate --from-recording`; at most 128 MB.",
+)
+@click.option(
+    "--record-trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File (.csv.gz) for a trace of what users did, for `simulate --trace`.",
+)
 @click.option("--root-path", default="", help="Path prefix a reverse proxy strips, like /video.")
 @click.option(
     "--allowed-origins", default="", help="Comma-separated origins that may open the WebSocket besides our own."

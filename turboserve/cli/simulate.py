@@ -11,7 +11,13 @@ from turboserve.cli.options import console, json_option, print_json
 
 
 @click.command("simulate")
-@click.option("--trace", "trace_file", required=True, metavar="FILE", help="Session trace (traces/README.md).")
+@click.option("--trace", "trace_file", metavar="FILE", help="Session trace (traces/README.md).")
+@click.option(
+    "--from-recording",
+    "recording",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Instead of a trace: decide again what `serve --record` recorded; exit code 1 when a plan differs.",
+)
 @click.option("--profile", default="k4", metavar="FILE|NAME", help="Latency profile: a file or a shipped name.")
 @click.option("--policy", default="turboserve", metavar="NAME", help="Who decides; an unknown name lists them all.")
 @click.option("--workers", type=int, default=None, help="Fix the fleet; it is there from time 0.")
@@ -26,10 +32,11 @@ from turboserve.cli.options import console, json_option, print_json
 @click.option("--lose-at", multiple=True, type=float, metavar="S", help="Lose a worker at this time (repeatable).")
 @click.option("--knob", multiple=True, metavar="NAME=VALUE", help="A knob of the policy (repeatable).")
 @click.option("--html/--no-html", default=True, help="Write report.html as well.")
-@click.option("--out", "out_dir", required=True, metavar="DIR", help="Directory for the files of the run.")
+@click.option("--out", "out_dir", metavar="DIR", help="Directory for the files of the run.")
 @json_option
 def command(
-    trace_file: str,
+    trace_file: str | None,
+    recording: Path | None,
     profile: str,
     policy: str,
     workers: int | None,
@@ -44,10 +51,16 @@ def command(
     lose_at: tuple[float, ...],
     knob: tuple[str, ...],
     html: bool,
-    out_dir: str,
+    out_dir: str | None,
     as_json: bool,
-) -> None:
-    """Run a scheduling policy over a trace on simulated time."""
+) -> int:
+    """Run a scheduling policy over a trace on simulated time, or the live controller's own decisions again."""
+    if recording is not None:
+        if trace_file is not None:
+            raise click.UsageError("--trace and --from-recording are two different things; give one")
+        return _replay(recording, as_json)
+    if trace_file is None or out_dir is None:
+        raise click.UsageError(f"{'--trace' if trace_file is None else '--out'} is missing (or --from-recording DIR)")
     from turboserve.sim.files import write_report, write_run
     from turboserve.sim.policies import make_policy
     from turboserve.sim.profile_files import load_profile
@@ -86,6 +99,28 @@ def command(
         print_json(found)
     else:
         _say(found, out_dir)
+    return 0
+
+
+def _replay(recording: Path, as_json: bool) -> int:
+    from turboserve.sim.from_recording import replay_recording
+
+    verdict = replay_recording(recording)
+    if as_json:
+        print_json(verdict.as_json())
+    else:
+        out = console()
+        same = verdict.ticks - verdict.different
+        out.print(f"{same} of {verdict.ticks} ticks in {verdict.files} files decided the same", style="bold")
+        for kind, count in sorted(verdict.actions.items()):
+            out.print(f"  {count} {kind}")
+        for one in verdict.differences[:3]:
+            out.print(f"{one['file']}, tick {one['tick']} (at {one['now_s']:.3f} s):", style="red")
+            out.print(f"  recorded {one['recorded']}", markup=False, soft_wrap=True)
+            out.print(f"  now      {one['now']}", markup=False, soft_wrap=True)
+        for name in verdict.torn:
+            out.print(f"{name} ends in a cut record, as a kill leaves it", style="dim")
+    return 1 if verdict.different else 0
 
 
 def _knobs(pairs: tuple[str, ...]) -> dict[str, float]:

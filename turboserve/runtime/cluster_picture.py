@@ -36,8 +36,8 @@ def picture(books: ControllerBooks) -> dict[str, Any]:
     return {
         "clock": {"time_s": round(time.monotonic(), 3), "unix_s": round(time.time(), 3)},
         "workers": [
-            _worker(books, worker_id, worker, held.get(worker_id, []))
-            for worker_id, worker in sorted(books.workers.items())
+            *(_worker(books, name, worker, held.get(name, [])) for name, worker in sorted(books.workers.items())),
+            *(_starting(name, asked_s) for name, asked_s in sorted(books.expected.items())),
         ],
         "sessions": counts,
         "session_list": [_session(books, live) for live in shown],
@@ -82,9 +82,14 @@ def _worker(books: ControllerBooks, worker_id: str, worker: Worker, held: list[L
     }
 
 
+def _starting(worker_id: str, asked_s: float) -> dict[str, Any]:
+    """A worker that was asked for and has not said hello."""
+    nothing = {"active": 0, "resident": 0, "capacity": 0, "slots": 0, "chunk_latency_ms": 0.0, "sessions": []}
+    return {"id": worker_id, "pid": 0, "node": "", "state": "starting", "requested_s": round(asked_s, 3), **nothing}
+
+
 def _session(books: ControllerBooks, live: Live) -> dict[str, Any]:
-    record, sessions = live.record, books.view.sessions
-    target = int(sessions.target[live.row])
+    record, sessions, move = live.record, books.view.sessions, live.move
     owner = books.workers.get(record.owner or "")
     row: dict[str, Any] = {
         "id": record.session_id,
@@ -96,8 +101,18 @@ def _session(books: ControllerBooks, live: Live) -> dict[str, Any]:
         "epoch": record.epoch,
         "steps": int(sessions.steps[live.row]),
         "reason": record.reason[:256],
-        "bytes": {"device": owner.hello.session_bytes if owner is not None else 0, "host": 0, "disk": 0},
+        "bytes": {
+            "device": owner.hello.session_bytes if owner is not None else 0,
+            "host": live.point_bytes,
+            "disk": live.disk_bytes,
+        },
     }
-    if target >= 0 and books.view.workers.ids[target] != record.owner:
-        row["target"] = books.view.workers.ids[target]
+    if move is not None:
+        row["move"] = {
+            "kind": move.kind.value,
+            "phase": move.phase.value,
+            "source": move.source,
+            "target": move.target,
+            "began_s": round(move.began_s, 3),
+        }
     return row

@@ -31,6 +31,7 @@ from turboserve.runtime.controller_books import GATEWAY, Drop, DropPoints, Effec
 from turboserve.runtime.controller_config import ControllerConfig
 from turboserve.runtime.controller_logic import ControllerLogic
 from turboserve.runtime.directory import Directory
+from turboserve.runtime.recording import TickRecorder
 
 SNAPSHOT_S = 0.25
 
@@ -70,9 +71,10 @@ class ControlLoop:
         self._config = config
         self._log = log
         self._directory = Directory(Path(config.data_dir) / "directory.sqlite")
+        self._recorder = TickRecorder(Path(config.record_dir), LIVE_TICK, log) if config.record_dir else None
         self._logic = ControllerLogic(
             self._directory,
-            decide,
+            decide if self._recorder is None else self._recorder.around(decide),
             live_profile(config),
             lease_s=config.lease_s,
             queue_max=config.queue_max,
@@ -107,6 +109,8 @@ class ControlLoop:
             for one in list(self._channels.values()):
                 await one.close()
             self._directory.close()
+            if self._recorder is not None:
+                self._recorder.close()
         return 1 if self._failed else 0
 
     def _take_over(self) -> None:

@@ -29,6 +29,8 @@ class ControllerConfig:
     lease_s: float = 2.0
     start_timeout_s: float = 120.0
     steps_floor: int | None = None
+    record_dir: str = ""
+    """Where every tick's view and plan go (`serve --record`); empty: nowhere."""
     log_format: str = "console"
     log_level: str = "info"
 

@@ -50,6 +50,8 @@ class ServeOptions:
     ssl_keyfile: str | None
     log_format: str
     log_level: str
+    record: Path | None = None
+    record_trace: Path | None = None
 
 
 class Fleet:
@@ -92,6 +94,7 @@ class Fleet:
             shutdown_timeout_s=options.shutdown_timeout,
             log_format=options.log_format,
             log_level=options.log_level,
+            record_trace=str(options.record_trace.resolve()) if options.record_trace else "",
         )
 
     @property
@@ -124,6 +127,7 @@ class Fleet:
             denoise_steps=spec.denoise_steps,
             parent_fd=self._launcher.parent_fd,
             steps_floor=options.steps_floor,
+            record_dir=str(options.record.resolve()) if options.record else "",
             log_format=options.log_format,
             log_level=options.log_level,
         )

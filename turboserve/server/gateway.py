@@ -7,6 +7,7 @@ large digests are checked in a thread before their chunk reaches the logic.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import itertools
 import time
@@ -38,6 +39,7 @@ from turboserve.server.input_log import InputLog, read_log, rewrite_log
 from turboserve.server.log_records import Ended, LoggedSession, Opened, Record, Rotated, replay
 from turboserve.server.pacing import StreamClock
 from turboserve.server.session_stream import SessionStream, StoredChunk, StreamShape
+from turboserve.server.trace_recorder import WRITE_EVERY_S, TraceRecorder
 
 OP_WAIT_S = 15.0
 
@@ -70,6 +72,7 @@ class Gateway:
         self.stopped = asyncio.Event()
         self.failed = ""
         self.history = History()
+        self.trace: TraceRecorder | None = None
         self._loop = asyncio.get_running_loop()
         self._connections = itertools.count(1)
         self._controller: Send | None = None
@@ -247,10 +250,12 @@ class Gateway:
                     self._appended.append((self._input_log.append(effect.record), self.now()))
                     self.metrics.log_records.inc()
                     self._tell(effect.record)
+                    self._trace(effect.record)
                 case ToWorker():
                     self._send(self._workers.get(effect.worker_id), effect.message)
                 case ToController():
                     self._send(self._controller, effect.message)
+                    self._trace(effect.message)
                 case ToViewer():
                     if viewer := self.viewers.get(effect.connection):
                         viewer.message(effect.message)
@@ -279,6 +284,41 @@ class Gateway:
                 self.log.debug("viewer attached", session=record.sid)
             case Ended():
                 self.log.info("session ended", session=record.sid, reason=record.reason, failed=record.failed)
+
+    def _trace(self, seen: Record | messages.Message) -> None:
+        """What users do, for `serve --record-trace`."""
+        if self.trace is None:
+            return
+        match seen:
+            case Opened():
+                self.trace.arrive(seen.sid, self.now())
+            case messages.SessionActivity():
+                session = self.logic.sessions.get(seen.session_id)
+                index = session.next_index if session is not None else 0
+                self.trace.activity(seen.session_id, seen.active, index, self.now())
+            case Ended():
+                session = self.logic.sessions.get(seen.sid)
+                self.trace.depart(seen.sid, session.next_index if session is not None else 0, self.now())
+
+    async def keep_trace(self) -> None:
+        """Write the trace now and then, and once more when cancelled."""
+        trace = self.trace
+        if trace is None:
+            return
+        was_full = False
+        try:
+            while True:
+                await asyncio.sleep(WRITE_EVERY_S)
+                await asyncio.to_thread(trace.write, self.now())
+                if trace.full and not was_full:
+                    was_full = True
+                    self.log.warning("the recorded trace is full; later sessions are left out")
+        except OSError as error:
+            self.log.error("the trace is not recorded any more", error=error.strerror)
+        finally:
+            trace.cut({sid: one.next_index for sid, one in self.logic.sessions.items()}, self.now())
+            with contextlib.suppress(OSError):
+                trace.write(self.now())
 
     def _send(self, send: Send | None, message: messages.Message) -> None:
         """What a peer that is gone should have got is sent again by the logic when it is back."""

@@ -93,6 +93,8 @@ class GatewayConfig:
     playback_rate: float = 1.0
     shutdown_timeout_s: float = 10.0
     encoder_threads: int = 2
+    record_trace: str = ""
+    """File for a trace of what users do (`serve --record-trace`); empty: none."""
     log_format: str = "console"
     log_level: str = "info"
     quotas: Quotas = Quotas()

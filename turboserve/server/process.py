@@ -28,6 +28,7 @@ from turboserve.server.gateway_config import GatewayConfig
 from turboserve.server.http_protocol import DroppableWebSocket, bounded_protocol
 from turboserve.server.links import WorkerListener, keep_controller
 from turboserve.server.loop_watch import LoopWatch
+from turboserve.server.trace_recorder import TraceRecorder, trace_path
 
 DRAIN_S = 0.5
 """Between telling viewers to go and closing the port, so that closes reach them."""
@@ -50,6 +51,10 @@ class GatewayProcess:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Internal side up: log read, workers accepted, controller sought."""
+        if self.config.record_trace:
+            clock = self.catalogue.clock
+            path = trace_path(self.config.record_trace, self.config.gateway_epoch)
+            self.gateway.trace = TraceRecorder(path, self.gateway.now(), clock.chunk_s)
         restored = self.gateway.open_log(self.catalogue.restore)
         if restored:
             self.log.info("sessions of an earlier gateway restored", count=restored)
@@ -61,6 +66,7 @@ class GatewayProcess:
             asyncio.create_task(LoopWatch(self.metrics, self.log).run(), name="loop-watch"),
             asyncio.create_task(self._watch_keys(), name="keys"),
             asyncio.create_task(self.gateway.keep_history(), name="history"),
+            asyncio.create_task(self.gateway.keep_trace(), name="trace"),
         ]
         try:
             yield

@@ -281,6 +281,135 @@ def test_sizes_and_prompt_switches_the_model_lacks_are_refused():
         assert refused.message.code == "invalid_request"
 
 
+def prepare(sid: str = SID, move_id: int = 1) -> m.PrepareSession:
+    return m.PrepareSession(session_id=sid, move_id=move_id, seed=1, width=8, height=8, prompt="p")
+
+
+def hand_over(epoch: int = 1, move_id: int = 1) -> m.HandOver:
+    return m.HandOver(session_id=SID, epoch=epoch, move_id=move_id, target="w1")
+
+
+def test_a_suspended_session_is_gone_and_says_so_again_when_asked():
+    logic = opened()
+    logic.on_message(GATEWAY, credit(0), 0.2)
+    ask = m.SuspendSession(session_id=SID, epoch=1)
+    assert logic.on_message(CONTROLLER, ask, 0.2) == [e.Stop(SID, 1, release=True)]
+    assert logic.on_message(CONTROLLER, ask, 0.2) == []
+    assert logic.on_message(GATEWAY, credit(1), 0.2) == []  # it waits for what the engine says
+    assert kinds(logic.on_engine(made(0), 1, 0.3)) == ["Emit"]  # the chunk in work is finished
+    refused, suspended = logic.on_engine(e.Stopped(SID, 1, 77), 1, 0.4)
+    assert (refused.message.code, refused.message.chunk_index) == ("moving", 1)
+    assert suspended.message == m.SessionSuspended(session_id=SID, epoch=1, next_index=1, point_bytes=77)
+    assert logic.on_message(CONTROLLER, ask, 0.5) == [suspended]
+    assert suspended in logic.on_connect(CONTROLLER, 0.6)
+    [late] = logic.on_message(CONTROLLER, open_session(), 0.7)
+    assert late.message.code == "stale_epoch"
+    assert kinds(logic.on_message(CONTROLLER, m.CloseSession(session_id=SID, epoch=1), 0.8)) == ["SessionReleased"]
+    assert suspended not in logic.on_connect(CONTROLLER, 0.9)
+
+
+def test_a_suspend_that_cannot_be_done_loses_no_credit():
+    logic = opened()
+    for index in range(2):
+        logic.on_message(GATEWAY, credit(index), 0.2)
+    logic.on_message(CONTROLLER, m.SuspendSession(session_id=SID, epoch=1), 0.2)
+    logic.on_message(GATEWAY, credit(2), 0.2)
+    logic.on_engine(made(0), 1, 0.3)
+    kept, *begins = logic.on_engine(e.StopFailed(SID, 1, "arena_full", "no room"), 1, 0.4)
+    assert (kept.message.code, kept.message.move_id) == ("arena_full", 0)
+    assert [one.request.chunk_index for one in begins] == [1, 2]
+
+
+def test_a_source_that_handed_over_stands_still_and_repeats_itself_until_told():
+    logic = opened()
+    assert logic.on_message(CONTROLLER, hand_over(), 0.2) == [e.Stop(SID, 1, release=False)]
+    [handed] = logic.on_engine(e.Stopped(SID, 0, 5), 1, 0.3)
+    assert handed.message == m.HandedOver(session_id=SID, epoch=1, move_id=1, next_index=0, point_bytes=5)
+    assert logic.on_timer(0.5) == [Beat(), handed]
+    assert handed in logic.on_connect(CONTROLLER, 0.6)
+    [refused] = logic.on_message(GATEWAY, credit(0), 0.6)
+    assert refused.message.code == "moving"
+    [renamed] = logic.on_message(CONTROLLER, hand_over(move_id=2), 0.6)
+    assert renamed.message.move_id == 2
+    assert logic.on_message(CONTROLLER, m.CloseSession(session_id=SID, epoch=1), 0.7) == [e.Close(SID, 1)]
+    assert kinds(logic.on_engine(e.Closed(SID), 1, 0.7)) == ["SessionReleased"]
+    assert logic.on_timer(1.2) == [Beat()]
+
+
+def test_a_move_given_up_goes_on_at_the_source_under_the_newer_epoch():
+    logic = opened()
+    logic.on_message(GATEWAY, credit(0), 0.2)
+    logic.on_message(CONTROLLER, hand_over(), 0.2)
+    adopt = open_session(epoch=2, adopt=True)
+    [action] = logic.on_message(CONTROLLER, adopt, 0.3)
+    assert (action.epoch, action.adopt_epoch) == (2, 1)
+    assert logic.on_message(CONTROLLER, adopt, 0.3) == []
+    assert logic.on_engine(made(0), 1, 0.3) == []  # it was out before the engine heard of it: kept for the new epoch
+    assert logic.on_engine(e.Stopped(SID, 1), 1, 0.3) == []
+    [told] = logic.on_engine(e.Opened(SID, 1, adopted=True), 2, 0.4)
+    assert (told.message.epoch, told.message.next_index) == (2, 1)
+    assert logic.on_message(GATEWAY, credit(0, epoch=2), 0.5) == [Emit(SID, 2, 0)]
+    assert kinds(logic.on_message(GATEWAY, credit(1, epoch=2), 0.5)) == ["Begin"]
+    [stale] = logic.on_message(CONTROLLER, open_session(epoch=1), 0.5)
+    assert stale.message.code == "stale_epoch"
+
+
+def test_adopting_what_is_not_held_is_refused_unless_it_may_be_restored():
+    logic = connected()
+    [refused] = logic.on_message(CONTROLLER, open_session(adopt=True), 0.2)
+    assert refused.message.code == "not_found"
+    [action] = logic.on_message(CONTROLLER, open_session(adopt=True, restore=True), 0.2)
+    assert action.restore and action.adopt_epoch is None
+
+
+def test_a_restored_session_gives_its_last_chunks_again_when_they_are_asked_for():
+    logic = connected()
+    logic.on_message(CONTROLLER, open_session(epoch=3, restore=True), 0.2)
+    assert logic.on_message(GATEWAY, credit(8, epoch=3), 0.2) == []  # it waits until the point is read
+    chunks = tuple(made(index) for index in range(5, 9))
+    told, emit = logic.on_engine(e.Opened(SID, 9, restored=True, made=chunks), 3, 0.3)
+    assert (told.message.next_index, told.message.restored) == (9, True)
+    assert emit == Emit(SID, 3, 8) and logic.may_emit(emit, 0.3) is chunks[3]
+    [refused] = logic.on_message(GATEWAY, credit(4, epoch=3), 0.4)
+    assert refused.message.code == "index_passed"
+    [begin] = logic.on_message(GATEWAY, credit(9, epoch=3), 0.4)
+    assert begin.request.chunk_index == 9
+
+
+def test_a_prepared_slot_is_used_dropped_or_forgotten():
+    logic = connected()
+    assert logic.on_message(CONTROLLER, prepare(), 0.2) == [e.Prepare(SID, 1)]
+    [told] = logic.on_engine(e.Prepared(SID, 1), -1, 0.3)
+    assert told.message == m.SessionPrepared(session_id=SID, move_id=1)
+    assert logic.on_message(CONTROLLER, prepare(), 0.3) == [told]
+    [older] = logic.on_message(CONTROLLER, prepare(move_id=0), 0.3)
+    assert older.message.code == "conflict"
+    assert logic.on_message(CONTROLLER, m.DropPrepared(session_id=SID, move_id=0), 0.3) == []
+    assert logic.on_message(CONTROLLER, m.DropPrepared(session_id=SID, move_id=1), 0.3) == [e.DropPrepared(SID, 1)]
+    logic.on_message(CONTROLLER, prepare(move_id=2), 0.4)
+    assert logic.on_engine(e.Prepared(SID, 1), -1, 0.4) == []  # about the slot that was dropped
+    assert e.DropPrepared(SID, 2) in logic.on_timer(40.0)
+    logic.on_message(CONTROLLER, prepare(move_id=3), 40.0)
+    opens = logic.on_message(CONTROLLER, open_session(epoch=2, restore=True, move_id=3), 40.0)
+    assert kinds(opens) == ["Open"] and not logic.prepared
+
+
+def test_a_worker_that_drains_prepares_nothing_but_takes_back_what_it_held():
+    logic = opened()
+    logic.on_message(CONTROLLER, m.DrainWorker(worker_id="w0"), 0.2)
+    [refused] = logic.on_message(CONTROLLER, prepare(sid="c" * 26), 0.2)
+    assert refused.message.code == "overloaded"
+    logic.on_message(CONTROLLER, hand_over(), 0.2)
+    logic.on_engine(e.Stopped(SID, 0), 1, 0.2)
+    assert kinds(logic.on_message(CONTROLLER, open_session(epoch=2, adopt=True), 0.2)) == ["Open"]
+
+
+def test_what_the_worker_does_not_hold_it_says_is_free():
+    logic = connected()
+    for ask in (m.SuspendSession(session_id=SID, epoch=4), hand_over(epoch=4)):
+        assert kinds(logic.on_message(CONTROLLER, ask, 0.2)) == ["SessionReleased"]
+
+
 NAMES = "bcde"
 
 
@@ -297,11 +426,16 @@ class WorkerMachine(RuleBasedStateMachine):
         self.work: list[tuple[str, int, int]] = []  # (session, epoch, chunk) that the engine was told to make
         self.wire: list[tuple[str, m.Message]] = []
         self.connected: set[str] = set()
-        self.emitted: dict[tuple[str, int], int] = {}  # (session, epoch) -> highest index that left
+        self.emitted: dict[str, int] = {}  # session -> highest index that left, here or before it came here
         self.closed: set[tuple[str, int]] = set()
         self.held = False
         self.last_heard_s = float("-inf")
         self.outbox: list[Emit] = []
+        self.points: dict[str, int] = {}  # what lies in the arena: session -> chunk that comes next
+        self.prepared: set[str] = set()
+        self.stops: dict[str, e.Stop] = {}
+        self.handed_over: set[str] = set()
+        self.move_id = 0
         for source in (CONTROLLER, GATEWAY):
             self.connect(source)
         self.deliver(CONTROLLER, lease())
@@ -311,22 +445,33 @@ class WorkerMachine(RuleBasedStateMachine):
     def obey(self, actions):
         for action in actions:
             if isinstance(action, e.Open):
-                assert action.session_id not in self.engine  # one owner at a time, whatever the epoch
-                assert (action.session_id, action.epoch) not in self.closed  # and a closed epoch stays closed
-                if len(self.engine) < 3:
-                    self.engine[action.session_id] = (action.epoch, 0)
-                    self.obey(self.logic.on_engine(e.Opened(action.session_id), action.epoch, self.now_s))
+                event = self.open_in_engine(action)
+                self.obey(self.logic.on_engine(event, action.epoch, self.now_s))
+            elif isinstance(action, e.Stop):
+                assert self.engine[action.session_id][0] == action.epoch and action.session_id not in self.stops
+                self.stops[action.session_id] = action
+                queued = [one for one in self.work if one[0] == action.session_id]
+                begun = queued[: self.rng.randrange(2)]  # perhaps one is in work
+                self.work = [one for one in self.work if one[0] != action.session_id or one in begun]
+            elif isinstance(action, e.Prepare):
+                assert action.session_id not in self.engine and action.session_id not in self.prepared
+                if len(self.engine) + len(self.prepared) < 3:
+                    self.prepared.add(action.session_id)
+                    event = e.Prepared(action.session_id, action.move_id)
                 else:
-                    failed = e.OpenFailed(action.session_id, "pool_exhausted", "full")
-                    self.obey(self.logic.on_engine(failed, action.epoch, self.now_s))
+                    event = e.PrepareFailed(action.session_id, action.move_id, "pool_exhausted", "full")
+                self.obey(self.logic.on_engine(event, -1, self.now_s))
+            elif isinstance(action, e.DropPrepared):
+                self.prepared.discard(action.session_id)
             elif isinstance(action, e.Close):
                 self.last_pass_ends(action.session_id, action.epoch)
                 if self.engine.get(action.session_id, (None,))[0] == action.epoch:
-                    del self.engine[action.session_id]
+                    self.leave_engine(action.session_id)
                 self.closed.add((action.session_id, action.epoch))
                 self.obey(self.logic.on_engine(e.Closed(action.session_id), action.epoch, self.now_s))
             elif isinstance(action, e.Begin):
                 assert self.engine[action.session_id][0] == action.epoch
+                assert action.session_id not in self.handed_over  # it stands still until it is told
                 self.work.append((action.session_id, action.epoch, action.request.chunk_index))
             elif isinstance(action, e.Hold):
                 self.held = action.hold
@@ -334,6 +479,58 @@ class WorkerMachine(RuleBasedStateMachine):
                 self.outbox.append(action)
             else:
                 assert isinstance(action, Send | Beat), action
+
+    def open_in_engine(self, action):
+        sid = action.session_id
+        assert (sid, action.epoch) not in self.closed  # a closed epoch stays closed
+        if action.adopt_epoch is not None and self.engine.get(sid, (None,))[0] == action.adopt_epoch:
+            self.stops.pop(sid, None)
+            self.handed_over.discard(sid)
+            self.work = [one for one in self.work if one[0] != sid]
+            count = self.engine[sid][1]
+            self.engine[sid] = (action.epoch, count)
+            return e.Opened(sid, count, adopted=True)
+        assert sid not in self.engine  # one owner at a time, whatever the epoch
+        if action.adopt_epoch is not None and not action.restore:
+            return e.OpenFailed(sid, "not_found", "not here")
+        if sid not in self.prepared and len(self.engine) + len(self.prepared) >= 3:
+            return e.OpenFailed(sid, "pool_exhausted", "full")
+        self.prepared.discard(sid)
+        count = self.points.get(sid, 0) if action.restore else 0
+        self.engine[sid] = (action.epoch, count)
+        if not action.restore or sid not in self.points:
+            return e.Opened(sid)
+        self.emitted[sid] = max(self.emitted.get(sid, -1), count - 1)
+        kept = tuple(made(index, sid) for index in range(max(0, count - KEPT_CHUNKS), count))
+        return e.Opened(sid, count, restored=True, made=kept)
+
+    def leave_engine(self, sid):
+        del self.engine[sid]
+        self.stops.pop(sid, None)
+        self.handed_over.discard(sid)
+        self.work = [one for one in self.work if one[0] != sid]
+
+    @rule(fails=st.sampled_from([False, False, False, True]))
+    def boundaries_are_reached(self, fails):
+        for sid, stop in list(self.stops.items()):
+            while any(one[0] == sid for one in self.work) and sid in self.stops:
+                self.work.sort(key=lambda one: one[0] != sid)
+                self.make_one(False)
+            if sid not in self.stops:
+                continue
+            del self.stops[sid]
+            count = self.engine[sid][1]
+            if fails:
+                event = e.StopFailed(sid, count, "arena_full", "no room")
+            else:
+                self.points[sid] = count
+                event = e.Stopped(sid, count, 1)
+                if stop.release:
+                    self.leave_engine(sid)
+                    self.closed.add((sid, stop.epoch))
+                else:
+                    self.handed_over.add(sid)
+            self.obey(self.logic.on_engine(event, stop.epoch, self.now_s))
 
     def last_pass_ends(self, sid, epoch):
         """What the engine made just before it heard of the close; the logic must not take it for another epoch's."""
@@ -359,9 +556,9 @@ class WorkerMachine(RuleBasedStateMachine):
             assert self.now_s < self.last_heard_s + LEASE_S  # nor without a lease
             assert chunk.chunk_index == action.chunk_index
             assert self.logic.sessions[action.session_id].epoch == action.epoch
-            last = self.emitted.get(key, -1)
+            last = self.emitted.get(action.session_id, -1)
             assert action.chunk_index <= last + 1  # contiguous; again is allowed, a gap is not
-            self.emitted[key] = max(last, action.chunk_index)
+            self.emitted[action.session_id] = max(last, action.chunk_index)
             self.logic.did_emit(action)
 
     def deliver(self, source, message):
@@ -383,11 +580,30 @@ class WorkerMachine(RuleBasedStateMachine):
             self.connected.discard(source)
             self.obey(self.logic.on_disconnect(source, self.now_s))
 
-    @rule(name=st.sampled_from(NAMES), newer=st.booleans())
-    def send_open(self, name, newer):
+    @rule(name=st.sampled_from(NAMES), newer=st.booleans(), restore=st.booleans(), adopt=st.booleans())
+    def send_open(self, name, newer, restore=False, adopt=False):
         sid = name * 26
         self.epochs[sid] = self.epochs.get(sid, 0) + newer if sid in self.epochs else 1
-        self.send(CONTROLLER, open_session(sid=sid, epoch=self.epochs[sid]))
+        self.send(CONTROLLER, open_session(sid=sid, epoch=self.epochs[sid], restore=restore, adopt=adopt))
+
+    @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1), move=st.booleans())
+    def send_stop(self, name, back, move):
+        sid = name * 26
+        epoch = max(0, self.epochs.get(sid, 0) - back)
+        if move:
+            self.move_id += self.rng.randrange(2)
+            message = m.HandOver(session_id=sid, epoch=epoch, move_id=max(1, self.move_id), target="w1")
+        else:
+            message = m.SuspendSession(session_id=sid, epoch=epoch)
+        self.send(CONTROLLER, message)
+
+    @rule(name=st.sampled_from(NAMES), newer=st.booleans(), drop=st.booleans())
+    def send_prepare(self, name, newer, drop):
+        self.move_id += newer
+        if drop:
+            self.send(CONTROLLER, m.DropPrepared(session_id=name * 26, move_id=self.move_id))
+        else:
+            self.send(CONTROLLER, prepare(sid=name * 26, move_id=self.move_id))
 
     @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1))
     def send_close(self, name, back):
@@ -410,7 +626,7 @@ class WorkerMachine(RuleBasedStateMachine):
         sid = sorted(self.logic.sessions)[at % len(self.logic.sessions)]
         session = self.logic.sessions[sid]
         for _ in range(count):
-            sent = self.emitted.get((sid, session.epoch), -1)
+            sent = self.emitted.get(sid, -1)
             if sent >= 0:
                 accepted = m.ChunkAccepted(session_id=sid, epoch=session.epoch, chunk_index=sent)
                 self.send(GATEWAY, accepted)
@@ -463,6 +679,8 @@ class WorkerMachine(RuleBasedStateMachine):
             self.work = [one for one in self.work if one[0] != sid]
         else:
             self.engine[sid] = (epoch, count + 1)
+            if self.rng.random() < 0.7:
+                self.points[sid] = count + 1  # write-through
             event = made(index, sid)
         self.obey(self.logic.on_engine(event, epoch, self.now_s))
 
@@ -483,6 +701,12 @@ class WorkerMachine(RuleBasedStateMachine):
             sid: epoch for sid, (epoch, _) in self.engine.items()
         }
         assert not self.logic.closing
+        assert set(self.logic.prepared) == self.prepared and not self.prepared & set(self.engine)
+        assert len(self.engine) + len(self.prepared) <= 3
+        for sid, session in self.logic.sessions.items():
+            assert (session.phase is Phase.HANDED_OVER) == (sid in self.handed_over)
+            assert session.phase is not Phase.STOPPING or sid in self.stops
+            assert not session.early or session.phase is Phase.STOPPING
         for session in self.logic.sessions.values():
             assert len(session.made) <= KEPT_CHUNKS
             assert session.next_index - session.accepted <= KEPT_CHUNKS
@@ -498,7 +722,9 @@ class WorkerMachine(RuleBasedStateMachine):
         self.obey(self.logic.on_connect(CONTROLLER, self.now_s))
         for sid, session in list(self.logic.sessions.items()):
             self.deliver(CONTROLLER, m.CloseSession(session_id=sid, epoch=session.epoch))
-        assert not self.engine and not self.logic.sessions and not self.logic.closing
+        for sid in list(self.logic.prepared):
+            self.deliver(CONTROLLER, m.DropPrepared(session_id=sid, move_id=self.move_id))
+        assert not self.engine and not self.logic.sessions and not self.logic.closing and not self.prepared
 
 
 TestWorkerMachine = WorkerMachine.TestCase

@@ -56,27 +56,34 @@ class Peers:
             if fd >= 0:
                 os.close(fd)
 
-    async def start_worker(self, *, ring_bytes: int = 1 << 16, frames_repeat: int = 1, **changes: object) -> None:
+    async def start_worker(
+        self, *, ring_bytes: int = 1 << 16, frames_repeat: int = 1, failpoints: str = "", **changes: object
+    ) -> None:
         """Spawn the process and wait until it has said hello to both."""
         self.ring_fd = frame_ring.create(ring_bytes)
         os.set_inheritable(self.ring_fd, True)
         self.consumer = frame_ring.attach_consumer(self.ring_fd)
-        config = WorkerConfig(
-            worker_id="w0",
-            worker_epoch=1,
-            token=self.token,
-            controller_port=channel.bound_port(self._servers[0]),
-            gateway_port=channel.bound_port(self._servers[1]),
-            slots=4,
-            ring_fd=self.ring_fd,
-            parent_fd=self._parent[0],
-            heartbeat_s=0.1,
-            **changes,
-        )
+        defaults = {
+            "worker_id": "w0",
+            "worker_epoch": 1,
+            "token": self.token,
+            "controller_port": channel.bound_port(self._servers[0]),
+            "gateway_port": channel.bound_port(self._servers[1]),
+            "slots": 4,
+            "ring_fd": self.ring_fd,
+            "parent_fd": self._parent[0],
+            "heartbeat_s": 0.1,
+        }
+        config = WorkerConfig(**{**defaults, **changes})
         fd = config_fd(config)
         argv = [sys.executable, str(SCRIPT), "--config-fd", str(fd)]
-        environment = {**os.environ, "TINY_FRAMES_REPEAT": str(frames_repeat)}
-        self.process = subprocess.Popen(argv, pass_fds=(fd, self.ring_fd, self._parent[0]), env=environment)  # noqa: ASYNC220
+        environment = {
+            **os.environ,
+            "TINY_FRAMES_REPEAT": str(frames_repeat),
+            "TURBOSERVE_FAILPOINTS": failpoints,
+        }
+        handed = [fd, self.ring_fd, self._parent[0]] + ([config.arena_fd] if config.arena_fd >= 0 else [])
+        self.process = subprocess.Popen(argv, pass_fds=handed, env=environment)  # noqa: ASYNC220
         os.close(fd)
         async with asyncio.timeout(60):
             await self.both.wait()

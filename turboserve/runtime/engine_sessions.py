@@ -79,6 +79,7 @@ class EngineSessions:
         if session_id in self._prepared:
             self.drop_prepared(session_id)  # it must begin in a slot that was wiped
         session = hold_session(self.pool, self.model, session_id, seed, control, epoch)
+        failpoint("worker.open.begun")
         session.point_every = self._every_chunks
         self._sessions[session_id] = session
 

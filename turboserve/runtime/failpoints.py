@@ -25,7 +25,7 @@ from turboserve.errors import ConfigError, TurboServeError
 VARIABLE = "TURBOSERVE_FAILPOINTS"
 
 FAILPOINTS: dict[str, str] = {
-    "worker.open.begun": "a slot is held, the session's first state not made",
+    "worker.open.begun": "a slot is held for it, nothing read of its point",
     "worker.open.read": "a point was read into the slot, SessionOpened not said",
     "worker.chunk.emitted": "the engine has handed frames on, the context pass not run",
     "worker.chunk.committed": "the context pass is done, no point written of it",

@@ -6,7 +6,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from turboserve.model.interface import ChunkRequest, Control, Segment, SessionTensors, StreamingModel
-from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.worker_events import KEPT_CHUNKS, FinishedChunk
 
@@ -108,7 +107,6 @@ def hold_session(
     """Take a slot and begin a session in it; on any failure the slot goes back."""
     slot = pool.acquire(session_id)
     try:
-        failpoint("worker.open.begun")
         state = SessionTensors(session_id=session_id, seed=seed, slot=slot, tensors=pool.tensors(session_id))
         model.begin(state, control)
     except BaseException:

@@ -24,7 +24,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from turboserve.geometry import SlotGeometry, tensor_bytes
 
@@ -255,6 +255,16 @@ class StreamingModel(Protocol):
 
     def self_test(self) -> dict[str, Any]:
         """Compare packed with alone rows per layer shape (design P1) and return what was found; called at load."""
+        ...
+
+
+@runtime_checkable
+class PreparesChunks(Protocol):
+    """What a model may offer besides: work that a chunk needs first and that runs beside the passes, such as encoding
+    a new prompt. Its session waits for it; the others' passes go on."""
+
+    def chunk_ready(self, state: SessionTensors, request: ChunkRequest) -> bool:
+        """Whether `next_passes` would answer without waiting; begins the work where it would not. Never blocks."""
         ...
 
 

@@ -26,7 +26,7 @@ import torch
 
 from turboserve.digest import next_digest
 from turboserve.errors import SessionPoisoned, TurboServeError
-from turboserve.model.interface import PackedBatch, PassKind, Segment, StreamingModel, pack
+from turboserve.model.interface import PackedBatch, PassKind, PreparesChunks, Segment, StreamingModel, pack
 from turboserve.runtime.batch import form_batch
 from turboserve.runtime.cost_model import MeasuredCost
 from turboserve.runtime.engine_sessions import EngineSessions
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from turboserve.runtime.session_points import SessionPoints
 
 Emit: TypeAlias = Callable[[PassEvent], None]
+PREPARE_WAIT_S = 0.002
+"""Pause of a pass that finds only sessions whose model still prepares their chunk."""
 
 
 class Engine(EngineSessions):
@@ -74,10 +76,12 @@ class Engine(EngineSessions):
     def run_pass_into(self, emit: Emit) -> None:
         """The same, each result at the moment it is there: a session does not wait for its neighbours' decode."""
         for session in self._sessions.values():
-            if session.work is None and session.queue:
+            if session.work is None and session.queue and self._chunk_ready(session):
                 self._begin_chunk(session, emit)
         working = [one for one in self._sessions.values() if one.work is not None]
         if not working:
+            if self.has_work:
+                time.sleep(PREPARE_WAIT_S)
             return
         started_s = self._clock()
         chosen, batch = form_batch(working, started_s, self.cost, self.model.spec.chunk_s)
@@ -95,6 +99,12 @@ class Engine(EngineSessions):
                 self._take(session, result, emit)
         self._write_through(chosen)
         self.stats.busy_s += self._clock() - started_s
+
+    def _chunk_ready(self, session: HeldSession) -> bool:
+        """Whether a session's next chunk can begin now, not after its model has prepared it."""
+        if not isinstance(self.model, PreparesChunks):
+            return True
+        return self.model.chunk_ready(session.state, session.queue[0].request)
 
     def _begin_chunk(self, session: HeldSession, emit: Emit) -> None:
         """Ask the model for the segments of the session's next credited chunk."""

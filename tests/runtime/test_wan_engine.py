@@ -1,0 +1,148 @@
+"""The tiny Wan model in the engine: one chain alone, in company, through recovery points, and while prompts wait."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+
+import pytest
+from tiny_model import session_id
+
+from turboserve.model.interface import ChunkRequest, Control, PromptSwitch
+from turboserve.model.presets import PRESETS
+from turboserve.model.wan.model import WanModel, WanParts
+from turboserve.model.wan.tiny import tiny_parts
+from turboserve.runtime.arena import Arena, create_arena
+from turboserve.runtime.cost_model import MeasuredCost
+from turboserve.runtime.engine import Engine
+from turboserve.runtime.kv_pool import KvPool
+from turboserve.runtime.numerics import check_numerics
+from turboserve.runtime.recovery_store import RecoveryStore
+from turboserve.runtime.snapshot import SessionWriter, SnapshotShape, restore
+from turboserve.runtime.worker_events import FinishedChunk
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+CHUNKS = 6
+NAMES = "bcdef"
+SWITCHES = {"b": PromptSwitch.SWAP, "c": PromptSwitch.RECACHE, "d": PromptSwitch.BLEND, "e": PromptSwitch.RECACHE}
+PRESET = PRESETS["wan-tiny"]
+
+
+def make(parts: WanParts) -> WanModel:
+    return WanModel(parts, PRESET, size=PRESET.size, name="wan-tiny", model_hash="tiny")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make(tiny_parts("light"))
+
+
+def request(name: str, index: int) -> ChunkRequest:
+    prompt = f"a {'fox' if index < 4 else 'bear with a hat'} {name * (ord(name) - 96)}"
+    steps = 2 if name in "be" else 4
+    return ChunkRequest(index, steps, Control(prompt, 1 + (index >= 4)), SWITCHES.get(name, PromptSwitch.SWAP))
+
+
+def engine_for(model, slots: int) -> Engine:
+    return Engine(model, KvPool(model.state_layout(), slots), MeasuredCost(1e-2, 1e-5, segment_max=slots))
+
+
+def run(engine: Engine, name: str, first: int, count: int) -> list[str]:
+    digests = []
+    for index in range(first, first + count):
+        engine.submit(session_id(name), request(name, index), 0.0)
+        while engine.has_work:
+            digests += [event.digest for event in engine.run_pass()]
+    return digests
+
+
+def chain(model, name: str) -> list[str]:
+    engine = engine_for(model, 1)
+    engine.open(session_id(name), ord(name), request(name, 0).control)
+    return run(engine, name, 0, CHUNKS)
+
+
+def test_sessions_in_any_order_make_what_each_makes_alone(model):
+    """Late joins, cancels in mid-chunk, every kind of prompt switch, packed passes of unequal segments."""
+    rng = random.Random(5)
+    engine = engine_for(model, len(NAMES))
+    digests: dict[str, list[str]] = {}
+    waiting, asked = rng.sample(NAMES, len(NAMES)), {}
+    while waiting or any(len(one) < CHUNKS for one in digests.values()) or engine.has_work:
+        if waiting and (rng.random() < 0.5 or not engine.has_work):
+            name = waiting.pop()
+            engine.open(session_id(name), ord(name), request(name, 0).control)
+            digests[name], asked[name] = [], 0
+        for name, made in digests.items():
+            if asked[name] == len(made) < CHUNKS and rng.random() < 0.5:
+                engine.submit(session_id(name), request(name, asked[name]), rng.random())
+                asked[name] += 1
+            elif asked[name] > len(made) and rng.random() < 0.05:
+                asked[name] = engine.cancel(session_id(name))
+        for event in engine.run_pass():
+            assert isinstance(event, FinishedChunk), event
+            digests[event.session_id[0]].append(event.digest)
+    assert engine.stats.cancelled > 0 and engine.stats.segments > 1.5 * engine.stats.passes
+    for name in NAMES:
+        assert digests[name] == chain(model, name), name
+
+
+@pytest.mark.parametrize("decoder", ["vae", "light"])
+def test_a_session_moved_through_a_recovery_point_goes_on_to_the_bit(decoder):
+    """Suspend, migrate and recover all are this: a point here, a held session of it there."""
+    model = make(tiny_parts(decoder))
+    shape = SnapshotShape(model.spec, model.state_layout(), "numerics")
+    fd = create_arena(64 << 20, partition_count=2, slab_bytes=1 << 16)
+    with Arena.map(fd, partition=0, owner_epoch=1) as first, Arena.map(fd, partition=1, owner_epoch=1) as second:
+        for name in "bcd":
+            expected = chain(model, name)
+            for moved_after in (1, 5):  # after the first frames, and in the middle of a blend
+                source, target = engine_for(model, 1), engine_for(model, 1)
+                source.open(session_id(name), ord(name), request(name, 0).control)
+                digests = run(source, name, 0, moved_after)
+                store = RecoveryStore(first)
+                point = SessionWriter(store, shape, source._sessions[session_id(name)], epoch=1).write_point()
+                assert point.chunk == moved_after
+                source.close(session_id(name))
+                held = restore(RecoveryStore(second), shape, point, target.pool)
+                target._sessions[session_id(name)] = held
+                digests += run(target, name, moved_after, CHUNKS - moved_after)
+                assert digests == expected, (name, moved_after)
+                store.drop(session_id(name))
+    os.close(fd)
+
+
+def test_the_load_time_check_finds_equal_bits(model):
+    pool = KvPool(model.state_layout(), 4)
+    report = check_numerics(model, pool)
+    assert report.packed_equals_alone and report.model_report["one_by_one"] is False
+    assert pool.held_bytes() == 0
+
+
+def test_a_session_that_waits_for_its_prompt_holds_up_nobody():
+    """The text stage is stuck on one prompt; another session makes its chunks meanwhile."""
+    parts = tiny_parts("light")
+    go = threading.Event()
+
+    class Slow:
+        def encode(self, prompt):
+            assert "bear" not in prompt or go.wait(30)
+            return parts.text.encode(prompt)
+
+    model = make(WanParts(parts.transformer, parts.decoder, Slow()))
+    engine = engine_for(model, 2)
+    for name in "bc":
+        engine.open(session_id(name), ord(name), request(name, 0).control)
+    run(engine, "b", 0, 4)
+    run(engine, "c", 0, 3)
+    engine.submit(session_id("b"), request("b", 4), 0.0)  # a new prompt: it will wait
+    engine.submit(session_id("c"), request("c", 3), 1.0)
+    made = []
+    for _ in range(40):
+        made += [event.session_id[0] for event in engine.run_pass()]
+    assert made == ["c"] and engine.has_work
+    go.set()
+    while engine.has_work:
+        made += [event.session_id[0] for event in engine.run_pass()]
+    assert made == ["c", "b"]

@@ -1,0 +1,78 @@
+"""A checkpoint folder through the whole server: two workers, each prompt-switch mode, frames as they are made alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from real_server import RunningServer, start_server
+
+from turboserve import AsyncSession
+from turboserve.cli.main import main
+from turboserve.model.wan.tiny import write_tiny
+
+pytestmark = pytest.mark.timeout(300)
+PROMPT, AFTER, SWITCH_INDEX, CHUNKS, SEED = "a fox in the snow", "the same fox at night", 3, 6, 11
+FPS = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny-wan", "diffusers")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, folder):
+    with start_server(tmp_path_factory.mktemp("wan-server"), str(folder), "--workers", "2") as running:
+        yield running
+
+
+def asked(server: RunningServer, route: str) -> Any:
+    return httpx.get(f"{server.url}{route}").json()
+
+
+def generated(folder: Path, out: Path, switch: str) -> list[str]:
+    """The digests of the same stream by `turboserve generate`, without a server."""
+    seconds, at_s = (9 + 12 * (CHUNKS - 1)) / FPS, (9 + 12 * (SWITCH_INDEX - 1)) / FPS
+    done = CliRunner().invoke(
+        main,
+        ["generate", PROMPT, "--model", str(folder), "--seed", str(SEED), "--seconds", str(seconds), "--prompt-switch",
+         switch, "--at", f"{at_s}s={AFTER}", "-o", str(out / f"{switch}.mp4"), "--card", str(out / f"{switch}.json")],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    card = json.loads((out / f"{switch}.json").read_text())
+    assert [one["from_index"] for one in card["inputs"]] == [0, SWITCH_INDEX]
+    return card["digests"]
+
+
+async def stream(server: RunningServer, switch: str) -> tuple[list[str], list[tuple[int, ...]]]:
+    digests, shapes = [], []
+    async with AsyncSession(
+        PROMPT, base_url=server.url, seed=SEED, pace="free", prompt_switch=switch, max_duration_s=60
+    ) as session:
+        await session.update(AFTER, from_index=SWITCH_INDEX)
+        async for chunk in session:
+            digests.append(chunk.digest)
+            shapes.append(chunk.frames.shape)
+            if len(digests) == CHUNKS:
+                break
+    return digests, shapes
+
+
+async def test_a_folder_serves_in_every_prompt_switch_mode_with_the_frames_it_makes_alone(server, folder, tmp_path):
+    models = asked(server, "/v1/models")["data"]
+    assert models[0]["id"] == "tiny-wan" and models[0]["prompt_switch"] == ["swap", "recache", "blend"]
+    modes = models[0]["prompt_switch"]
+    streams = await asyncio.gather(*(stream(server, mode) for mode in modes))  # side by side, on two workers
+    for mode, (digests, shapes) in zip(modes, streams, strict=True):
+        assert shapes == [(9, 32, 32, 3)] + [(12, 32, 32, 3)] * (CHUNKS - 1)
+        assert digests == generated(folder, tmp_path, mode), mode
+    chains = [tuple(digests) for digests, _ in streams]
+    assert len(set(chains)) == 3 and len({one[:SWITCH_INDEX] for one in chains}) == 1
+    workers = asked(server, "/v1/cluster")["workers"]
+    assert [one["state"] for one in workers] == ["ready", "ready"]

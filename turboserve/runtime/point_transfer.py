@@ -14,11 +14,12 @@ import msgspec
 from turboserve.errors import CorruptState, ProtocolError
 from turboserve.runtime.arena import KIND_PAGE, Extent, region
 from turboserve.runtime.recovery_store import PageRef, PendingPage, PendingPoint, RecoveryPoint, RecoveryStore
-from turboserve.runtime.transport import Buffer, Offer, Pieces, Transport
+from turboserve.runtime.transport import Offer, Pieces, Transport
 
 
-class _PointManifest(msgspec.Struct, frozen=True, array_like=True):
-    """Pages are (key, chunk, bytes, checksum); their buffers come first, then the tail, then the frames."""
+class PointManifest(msgspec.Struct, frozen=True, array_like=True):
+    """What describes a point outside its arena. Pages are (key, chunk, bytes, checksum); their buffers come first, then
+    the tail, then the frames."""
 
     session: str
     epoch: int
@@ -29,10 +30,15 @@ class _PointManifest(msgspec.Struct, frozen=True, array_like=True):
     tail_bytes: int
     frame_bytes: list[int]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of every buffer, in order."""
+        return (*(page[2] for page in self.pages), self.tail_bytes, *self.frame_bytes)
 
-async def send_point(transport: Transport, store: RecoveryStore, point: RecoveryPoint, *, timeout_s: float) -> int:
-    """Sends a point; the bytes that moved. It stays in this store. Errors as Transport.send."""
-    manifest = _PointManifest(
+
+def describe_point(store: RecoveryStore, point: RecoveryPoint) -> tuple[PointManifest, list[Pieces]]:
+    """A point's manifest and its buffers where they lie, verified."""
+    manifest = PointManifest(
         point.session,
         point.epoch,
         point.chunk,
@@ -42,17 +48,22 @@ async def send_point(transport: Transport, store: RecoveryStore, point: Recovery
         point.tail_bytes,
         list(point.frame_bytes),
     )
-    buffers: list[Buffer] = [store.read_page(page) for page in point.pages]
+    buffers: list[Pieces] = [store.read_page(page) for page in point.pages]
     buffers.append(store.read_tail(point))
     buffers += [[memoryview(frame)] for frame in store.read_frames(point)]
+    return manifest, buffers
+
+
+async def send_point(transport: Transport, store: RecoveryStore, point: RecoveryPoint, *, timeout_s: float) -> int:
+    """Sends a point; the bytes that moved. It stays in this store. Errors as Transport.send."""
+    manifest, buffers = describe_point(store, point)
     skipped = await transport.send(msgspec.msgpack.encode(manifest), buffers, timeout_s=timeout_s)
-    sizes = [*(page.payload_bytes for page in point.pages), point.tail_bytes, *point.frame_bytes]
-    return sum(size for index, size in enumerate(sizes) if index not in skipped)
+    return sum(size for index, size in enumerate(manifest.sizes) if index not in skipped)
 
 
 async def receive_point(transport: Transport, store: RecoveryStore, *, timeout_s: float) -> RecoveryPoint:
     """Receives one point into this store; committed when this returns. On any error nothing of it is left."""
-    incoming = _Incoming(store)
+    incoming = IncomingPoint(store)
     try:
         await transport.receive(incoming.place, timeout_s=timeout_s)
         return incoming.commit()
@@ -61,8 +72,8 @@ async def receive_point(transport: Transport, store: RecoveryStore, *, timeout_s
         raise
 
 
-class _Incoming:
-    """The memory of a point on its way in."""
+class IncomingPoint:
+    """The memory of a point on its way in: `place` reserves all of it, then `commit`, else `cancel`."""
 
     def __init__(self, store: RecoveryStore) -> None:
         self._store = store
@@ -72,12 +83,12 @@ class _Incoming:
         self._digest = b""
 
     def place(self, offer: Offer) -> Sequence[Pieces | None]:
+        """Where each buffer goes; None for pages that are here already. ArenaFull, ProtocolError."""
         try:
-            manifest = msgspec.msgpack.decode(offer.manifest, type=_PointManifest)
+            manifest = msgspec.msgpack.decode(offer.manifest, type=PointManifest)
         except msgspec.MsgspecError as error:
             raise ProtocolError(f"a recovery point that does not decode: {error}") from None
-        sizes = (*(page[2] for page in manifest.pages), manifest.tail_bytes, *manifest.frame_bytes)
-        if sizes != offer.sizes:
+        if manifest.sizes != offer.sizes:
             raise ProtocolError("a recovery point whose manifest and buffers differ in size")
         self._digest = manifest.digest
         known = {
@@ -113,6 +124,7 @@ class _Incoming:
         return targets
 
     def commit(self) -> RecoveryPoint:
+        """Make the point exist, once its bytes are in place. CorruptState when a page is not the one named."""
         assert self._point is not None
         for pending, expected in self._new:
             self._committed.append(pending.commit())
@@ -121,6 +133,7 @@ class _Incoming:
         return self._point.commit(self._digest)
 
     def cancel(self) -> None:
+        """Give everything back."""
         for pending, _ in self._new:
             pending.cancel()  # a committed one too: nothing names it yet
         if self._point is not None:

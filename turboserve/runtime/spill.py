@@ -20,7 +20,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -93,7 +93,8 @@ class SpillDirectory:
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb", buffering=0) as file:
                 code = self._hash()
-                for part in (_HEAD.pack(MAGIC, len(packed)), packed, *(one for pieces in buffers for one in pieces)):
+                parts: list[Any] = [_HEAD.pack(MAGIC, len(packed)), packed]
+                for part in [*parts, *(one for pieces in buffers for one in pieces)]:
                     code.update(part)
                     _write_all(file, memoryview(part))
                 _write_all(file, memoryview(code.digest()))

@@ -15,7 +15,7 @@ def _config(**changes):
 
 
 def test_round_trip_through_a_descriptor():
-    config = _config(slots=4, weights_seed=7)
+    config = _config(slots=4, recovery_every_chunks=7)
     fd = config_fd(config)
     assert os.get_inheritable(fd)
     assert read_config(fd) == config

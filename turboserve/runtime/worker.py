@@ -59,6 +59,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     from turboserve.runtime.engine import Engine
     from turboserve.runtime.kv_pool import KvPool
     from turboserve.runtime.numerics import check_numerics, set_up_determinism
+    from turboserve.runtime.paced import PacedModel, read_profile
     from turboserve.runtime.recovery_store import RecoveryStore
     from turboserve.runtime.session_points import SessionPoints
     from turboserve.runtime.snapshot import SnapshotShape
@@ -77,7 +78,11 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         found=numerics.model_report,
     )
     cost = MeasuredCost(segment_max=config.slots)
-    if config.calibrate:
+    if config.paced_profile:
+        model = PacedModel(model, read_profile(config.paced_profile))
+        cost = model.cost(config.slots)
+        log.info("every pass is padded to a latency profile", profile=config.paced_profile)
+    elif config.calibrate:
         cost = calibrate(model, pool, segment_max=config.slots)
     if model.device.type == "cpu" and not numerics.packed_equals_alone:
         log.warning("packed rows differ from lone ones: every pass runs one session")

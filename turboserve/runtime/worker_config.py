@@ -29,7 +29,7 @@ class WorkerConfig:
     """All settings of one worker process. Times are seconds, sizes bytes, ports TCP on `*_host`.
 
     `slots` is how many sessions fit in memory, `capacity` how many active ones the worker should be given.
-    `weights_seed` asks for seeded random weights instead of the stored ones (tests). `ring_fd` is an inherited
+    `paced_profile` is the path of a latency profile that every pass is padded to by sleep. `ring_fd` is an inherited
     frame ring; -1 lets the worker make its own of `ring_bytes`. `arena_fd` is the node's arena, of which partition
     `arena_partition` is this worker's; -1: sessions leave no recovery points. `recovery_every_chunks` is how often they
     do; 0 takes what the model declares.
@@ -57,7 +57,7 @@ class WorkerConfig:
     parent_fd: int = -1
     heartbeat_s: float = 0.5
     shutdown_timeout_s: float = 10.0
-    weights_seed: int | None = None
+    paced_profile: str = ""
     calibrate: bool = True
     log_format: str = "console"
     log_level: str = "info"

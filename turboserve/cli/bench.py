@@ -16,6 +16,7 @@ BENCHES: dict[str, str] = {
     "kernels": "The kernels: how fast on this device; what they compile to, without one.",
     "scheduler-loops": "The scheduler's numba loops, against plain Python.",
     "page": "What a viewer of the page gets, in Chromium.",
+    "wan": "The causal Wan transformer: passes and chunks of many sessions.",
     "serve": "A server under the load of a trace, as its viewers see it.",
 }
 

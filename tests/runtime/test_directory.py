@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -96,3 +98,84 @@ def test_session_ids_are_long_and_differ():
         ids = set(pool.map(lambda _: new_session_id(), range(1000)))
     assert len(ids) == 1000
     assert all(len(one) == 26 and one.isalnum() and one == one.lower() for one in ids)
+
+
+def test_what_was_asked_for_and_the_move_under_way_come_back(tmp_path):
+    directory = Directory(tmp_path / "d.sqlite")
+    directory.insert(record(), b"asked")
+    directory.own("a" * 26, 0, "w0", SessionState.LOADING)
+    directory.set_move("a" * 26, 7, "w1")
+    directory.close()
+    (stored,) = Directory(tmp_path / "d.sqlite").stored()
+    assert (stored.request, stored.move_id, stored.move_target, stored.record.owner) == (b"asked", 7, "w1", "w0")
+
+
+def version_1(path: Path) -> None:
+    """A file as the first version made it."""
+    db = sqlite3.connect(path, isolation_level=None)
+    db.executescript(
+        """PRAGMA journal_mode=WAL;
+        CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+        CREATE TABLE sessions (
+            session_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, model TEXT NOT NULL, seed INTEGER NOT NULL,
+            created_s REAL NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, steps INTEGER NOT NULL,
+            state TEXT NOT NULL, epoch INTEGER NOT NULL, owner TEXT, reason TEXT NOT NULL, strikes INTEGER NOT NULL
+        ) WITHOUT ROWID;
+        INSERT INTO meta VALUES ('version', '1'), ('epoch:w0', '5');
+        INSERT INTO sessions VALUES
+            ('aaaaaaaaaaaaaaaaaaaaaaaaaa', 't', 'shapes', 7, 1.5, 96, 96, 4, 'running', 3, 'w0', '', 0);"""
+    )
+    db.close()
+
+
+def test_a_file_of_version_1_is_brought_up_to_date(tmp_path):
+    version_1(tmp_path / "d.sqlite")
+    directory = Directory(tmp_path / "d.sqlite")
+    (stored,) = directory.stored()
+    assert (stored.record.epoch, stored.record.owner, stored.request, stored.move_id) == (3, "w0", b"", 0)
+    assert directory.next_epoch("w0") == 6
+    directory.set_move("a" * 26, 7, "w1")
+    directory.close()
+    assert Directory(tmp_path / "d.sqlite").stored()[0].move_id == 7
+
+
+def test_a_write_ahead_log_cut_or_damaged_anywhere_leaves_a_whole_earlier_state(tmp_path):
+    """What is in the log up to the damage counts, transaction by transaction; nothing half done, no epoch twice."""
+    origin = tmp_path / "origin"
+    directory = Directory(origin / "d.sqlite")
+    directory._db.execute("PRAGMA wal_autocheckpoint=0")
+    states = []
+    for number in range(12):
+        sid = f"{number % 3}".rjust(26, "a")
+        known = {one.session_id: one for one in directory.sessions()}
+        if sid not in known:
+            directory.insert(record(sid), b"asked")
+        else:
+            directory.own(sid, known[sid].epoch, f"w{number}", SessionState.LOADING)
+        states.append({one.session_id: (one.epoch, one.owner) for one in directory.sessions()})
+    image = (origin / "d.sqlite").read_bytes()
+    log = (origin / "d.sqlite-wal").read_bytes()
+    directory.close()
+    allowed = [{}, *states]
+    rng = random.Random(7)
+    lasts = set()
+    for turn in range(120):
+        at = rng.randrange(len(log))
+        damaged = log[:at] if turn % 2 else log[:at] + bytes([log[at] ^ 0x40]) + log[at + 1 :]
+        folder = tmp_path / f"t{turn}"
+        folder.mkdir()
+        (folder / "d.sqlite").write_bytes(image)
+        (folder / "d.sqlite-wal").write_bytes(damaged)
+        found = Directory(folder / "d.sqlite")
+        now = {one.session_id: (one.epoch, one.owner) for one in found.sessions()}
+        assert now in allowed
+        lasts.add(allowed.index(now))
+        found.next_epoch("controller")
+        found.close()
+    assert len(lasts) > 6, "damage at many places"
+
+
+def test_a_file_that_is_no_database_is_said_to_be_one(tmp_path):
+    (tmp_path / "d.sqlite").write_bytes(b"not a database" * 500)
+    with pytest.raises(CorruptState, match="cannot be read"):
+        Directory(tmp_path / "d.sqlite")

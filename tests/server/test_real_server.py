@@ -163,7 +163,7 @@ async def test_a_one_shot_video(server_url: str) -> None:
 
 async def test_one_stream_through_every_process_that_may_die(tmp_path: Path) -> None:
     """A dropped socket, a killed gateway, a server stopped and started again: one chain. Then a killed launcher."""
-    with start_server(tmp_path) as server:
+    with start_server(tmp_path, "--workers", "1") as server:
         reference = Client(server.url, await open_session(server.url))
         await reference.run(9, prompts={3: SWITCH[4]})
         client = Client(server.url, await open_session(server.url))
@@ -187,7 +187,7 @@ async def test_one_stream_through_every_process_that_may_die(tmp_path: Path) -> 
         assert await asyncio.to_thread(server.process.wait, 20) == 0
         assert time.monotonic() - began_s < 9
 
-    with start_server(tmp_path, port=int(server.url.rpartition(":")[2])) as server:
+    with start_server(tmp_path, "--workers", "1", port=int(server.url.rpartition(":")[2])) as server:
         await client.run(9)
         assert client.digests == reference.digests
 

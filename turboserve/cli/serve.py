@@ -16,7 +16,39 @@ from turboserve.errors import ConfigError
 @click.argument("model", default="shapes")
 @click.option("--host", default="127.0.0.1", help="Address to listen on; anything but loopback needs a key.")
 @click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0 takes any free port.")
-@click.option("--workers", default=1, type=click.IntRange(1, 64), help="Worker processes; one GPU or CPU core each.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    help="Worker processes; one GPU or CPU core each.  [default: 2, where there are two cores and the memory]",
+)
+@click.option("--min-workers", type=click.IntRange(1, 64), help="With --max-workers: the fleet follows the load.")
+@click.option("--max-workers", type=click.IntRange(1, 64))
+@click.option(
+    "--scale-hook",
+    help="Command that starts and ends the workers the fleet grows by: called with add or remove, JSON on stdin.",
+)
+@click.option(
+    "--control-host",
+    default="127.0.0.1",
+    help="Address where workers from other machines join; one address, never all of them.",
+)
+@click.option(
+    "--arena-bytes",
+    type=click.IntRange(min=0),
+    help="Shared memory for recovery points; 0 for none.  [default: a sixteenth of the memory, at most 1 GiB]",
+)
+@click.option(
+    "--disk-bytes",
+    default=16 << 30,
+    show_default="16 GiB",
+    type=click.IntRange(min=0),
+    help="What recovery points may take under --data-dir.",
+)
+@click.option(
+    "--paced-profile",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="For studies: each pass is padded by sleep to this latency profile.",
+)
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--backend", default="local", type=click.Choice(["local", "ray"]), help="How worker processes start.")
 @click.option("--capacity", default=8, type=click.IntRange(1, 1024), help="Active sessions a worker is given.")
@@ -68,16 +100,18 @@ from turboserve.errors import ConfigError
 def command(**options: Any) -> int:
     """Start the server: pages, API, workers. MODEL is a name from `turboserve models`, a folder or a model.toml."""
     if options["backend"] == "ray":
-        raise ConfigError("--backend ray does not exist yet", expected="--backend local", hint="leave the option out")
+        from turboserve.runtime.launch_ray import ray_backend
+
+        ray_backend()
     from turboserve.model.registry import resolve
     from turboserve.server.fleet import ServeOptions, serve
 
     options["model"] = resolve(options["model"])
+    _set_workers(options)
     options["device"] = _device(options["device"])
     options["data_dir"] = options["data_dir"] or default_data_dir(options["port"])
     origins = options.pop("allowed_origins")
     log_format = options.pop("log_format")
-    del options["backend"]
     return serve(
         ServeOptions(
             **options,
@@ -85,6 +119,30 @@ def command(**options: Any) -> int:
             log_format=("console" if sys.stderr.isatty() else "json") if log_format == "auto" else log_format,
         )
     )
+
+
+def _set_workers(options: dict[str, Any]) -> None:
+    """`workers` and `workers_max` from the three options about the size of the fleet."""
+    fixed, least, most = options["workers"], options.pop("min_workers"), options.pop("max_workers")
+    if least is None and most is None:
+        options["workers"] = options["workers_max"] = fixed or default_workers()
+        return
+    if fixed is not None:
+        raise ConfigError(
+            "--workers with --min-workers or --max-workers", expected="a fixed number, or bounds", hint="drop one"
+        )
+    least = least or 1
+    most = most or max(least, default_workers())
+    if least > most:
+        raise ConfigError(f"--min-workers {least} --max-workers {most}", expected="the first not above the second")
+    options["workers"], options["workers_max"] = least, most
+
+
+def default_workers() -> int:
+    """Two where there are two cores and 4 GiB of memory: one can be lost and the streams go on."""
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 2 if cores >= 2 and memory >= 4 << 30 else 1
 
 
 def _device(asked: str) -> str:

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,23 @@ from turboserve.orchestrator.scheduler import Memory, TickConfig, tick
 from turboserve.orchestrator.view import ClusterView
 from turboserve.runtime import channel, lifeline, logs
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, Drop, DropPoints, Effect, Send, Spill
+from turboserve.runtime.controller_books import (
+    GATEWAY,
+    LAUNCHER,
+    Drop,
+    DropFile,
+    DropPoints,
+    Effect,
+    Load,
+    Send,
+    Spill,
+)
 from turboserve.runtime.controller_config import ControllerConfig
 from turboserve.runtime.controller_logic import ControllerLogic
+from turboserve.runtime.controller_points import ControllerPoints
 from turboserve.runtime.directory import Directory
+from turboserve.runtime.failpoints import failpoint, set_process
+from turboserve.runtime.fleet_link import FleetLink
 from turboserve.runtime.recording import TickRecorder
 
 SNAPSHOT_S = 0.25
@@ -55,12 +68,12 @@ def live_profile(config: ControllerConfig) -> LatencyProfile:
     )
 
 
-LIVE_TICK = TickConfig(migrate=False, scale=False)
-"""What this fleet can carry out so far: sessions are placed, recovered and resumed; the fleet is fixed."""
+LIVE_TICK = TickConfig()
+"""All of it. A fixed fleet is one whose bounds are equal; a fleet without an arena says so to the logic."""
 
 
 def decide(view: ClusterView, memory: Memory, now_s: float) -> tuple[Plan, Memory]:
-    """The simulator's tick, with what the live fleet can carry out."""
+    """The simulator's tick."""
     return tick(view, memory, now_s, LIVE_TICK)
 
 
@@ -81,19 +94,37 @@ class ControlLoop:
             queue_age_max_s=config.queue_age_max_s,
             steps_floor=config.steps_floor,
             workers=config.workers,
+            workers_max=config.workers_max or config.workers,
             memory=Memory(),
-            can_move=False,
+            can_move=config.arena_fd >= 0,
+            may_kill=config.may_kill,
         )
         self._logic.generation = self._directory.next_epoch("controller")
         self._failed = ""
+        self._fleet: FleetLink | None = None
+        self._points: ControllerPoints | None = None
         self._channels: dict[str, channel.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
 
     async def run(self) -> int:
         """Serve until SIGTERM; the exit code."""
-        self._take_over()
         loop = asyncio.get_running_loop()
+        config = self._config
+        if config.arena_fd >= 0:
+            self._points = ControllerPoints(
+                config.arena_fd,
+                self._logic.generation,
+                Path(config.data_dir) / "points",
+                config.disk_bytes,
+                lambda *call: loop.call_soon_threadsafe(*call),
+                self._log,
+            )
+        self._take_over()
+        failpoint("controller.started")
+        if config.fleet_fd >= 0:
+            self._fleet = FleetLink(socket.socket(fileno=config.fleet_fd))
+            loop.add_reader(self._fleet, self._on_fleet)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         sock = socket.socket(fileno=self._config.listen_fd)
@@ -108,6 +139,12 @@ class ControlLoop:
             server.close()
             for one in list(self._channels.values()):
                 await one.close()
+            if self._fleet is not None:
+                loop.remove_reader(self._fleet)
+                self._fleet.close()
+            if self._points is not None:
+                await asyncio.to_thread(self._points.close)
+                await asyncio.sleep(0)  # what it posted last is still written down
             self._directory.close()
             if self._recorder is not None:
                 self._recorder.close()
@@ -130,7 +167,8 @@ class ControlLoop:
             else:
                 # Its gateway still has it, and creates it anew.
                 self._directory.forget(one.record.session_id)
-        self._logic.take_over(stored, time.monotonic(), moves)
+        on_disk = self._points.on_disk() if self._points is not None else {}
+        self._logic.take_over(stored, time.monotonic(), moves, on_disk)
         if stored:
             self._log.info("sessions of an earlier controller", count=len(stored))
 
@@ -182,8 +220,13 @@ class ControlLoop:
 
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:
-            if isinstance(effect, DropPoints | Spill):
-                continue  # no arena yet
+            if not isinstance(effect, Send | Drop):
+                self._touch_points(effect)
+                continue
+            if effect.to == LAUNCHER:
+                if self._fleet is not None and isinstance(effect, Send) and not self._fleet.send(effect.message):
+                    self._log.error("the launcher does not hear", message=type(effect.message).__name__)
+                continue
             peer = self._channels.get(effect.to)
             if peer is None:
                 continue  # it will say hello again, and the logic then tells it everything
@@ -196,6 +239,38 @@ class ControlLoop:
                 except (ProtocolError, Overloaded) as error:
                     self._log.warning("cannot send", who=effect.to, error=str(error))
                     self._close_soon(effect.to)
+
+    def _touch_points(self, effect: DropPoints | DropFile | Spill | Load) -> None:
+        points, session_id = self._points, effect.session_id
+        if points is None:
+            if isinstance(effect, Spill):
+                self._soon(self._logic.spilled, session_id, 0)
+            elif isinstance(effect, Load):
+                self._soon(self._logic.loaded, session_id, 0)
+        elif isinstance(effect, Spill):
+            points.spill(session_id, lambda one, bytes_: self._now(self._logic.spilled, one, bytes_))
+        elif isinstance(effect, Load):
+            points.load(session_id, lambda one, bytes_: self._now(self._logic.loaded, one, bytes_))
+        elif isinstance(effect, DropFile):
+            points.drop_file(session_id)
+        else:
+            points.drop(session_id)
+
+    def _soon(self, tell: Callable[[str, int, float], list[Effect]], session_id: str, bytes_: int) -> None:
+        asyncio.get_running_loop().call_soon(self._now, tell, session_id, bytes_)
+
+    def _now(self, tell: Callable[[str, int, float], list[Effect]], session_id: str, bytes_: int) -> None:
+        with self._fatal():
+            self._apply(tell(session_id, bytes_, time.monotonic()))
+
+    def _on_fleet(self) -> None:
+        """Word from the launcher."""
+        assert self._fleet is not None
+        with self._fatal():
+            for event in self._fleet.receive():
+                self._apply(self._logic.on_message(LAUNCHER, event, time.monotonic()))
+            if self._fleet.closed:
+                asyncio.get_running_loop().remove_reader(self._fleet)
 
     def _close_soon(self, name: str) -> None:
         peer = self._channels.get(name)
@@ -212,6 +287,8 @@ class ControlLoop:
             now_s = time.monotonic()
             with self._fatal():
                 self._apply(self._logic.on_timer(now_s))
+            if self._points is not None:
+                self._points.sweep(self._logic.sessions, now_s)
             if self._logic.changed and now_s - published_s >= SNAPSHOT_S and GATEWAY in self._channels:
                 self._logic.changed = False
                 published_s = now_s
@@ -224,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config-fd", type=int, required=True)
     config = ControllerConfig.from_json(lifeline.read_fd(parser.parse_args(argv).config_fd))
     lifeline.hold_to_parent(config.parent_fd)
+    set_process("controller")
     log = logs.set_up_logs("controller", log_format=config.log_format, level=config.log_level)
 
     async def run() -> int:

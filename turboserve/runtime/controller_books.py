@@ -73,7 +73,23 @@ class Spill:
     to: str = ""
 
 
-Effect: TypeAlias = Send | Drop | DropPoints | Spill
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Bring the session's recovery point from disk into the arena; `ControllerLogic.loaded` answers."""
+
+    session_id: str
+    to: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DropFile:
+    """The session runs again: its point on disk is old."""
+
+    session_id: str
+    to: str = ""
+
+
+Effect: TypeAlias = Send | Drop | DropPoints | Spill | Load | DropFile
 
 
 @dataclass(slots=True)
@@ -144,6 +160,9 @@ class Live:
     next_index: int = 0
     point_bytes: int = 0
     disk_bytes: int = 0
+    loading: bool = False
+    """Its point is on the way from disk to the arena."""
+    spill_tried: bool = False
     refusals: int = 0
     retry_at_s: float | None = None
     """Until then no worker is looked for."""
@@ -175,6 +194,7 @@ class ControllerBooks:
         memory: Any = None,
         move_deadline_s: float = 10.0,
         can_move: bool = True,
+        may_kill: bool = True,
     ) -> None:
         self._store = store
         self._decide = decide
@@ -185,6 +205,7 @@ class ControllerBooks:
             (profile,), workers_min=workers, workers_max=workers_max or workers, steps_floor=steps_floor
         )
         self.move_deadline_s = move_deadline_s
+        self.may_kill = may_kill
         self.can_move = can_move
         """Whether the workers can suspend and hand over; recovery needs neither."""
         self.lease_s = lease_s
@@ -316,7 +337,7 @@ class ControllerBooks:
                 row = (views.HOST, views.NOWHERE, views.NOWHERE)
             case _:  # waits for a worker: no state of it stands in the way of putting it anywhere
                 row = (views.NEW, views.NOWHERE, views.NOWHERE)
-        if live.adopt_by_s is not None or live.retry_at_s is not None:
+        if live.adopt_by_s is not None or live.retry_at_s is not None or live.loading:
             row = (views.RESUMING, views.NOWHERE, views.NOWHERE)  # the tick has nothing to decide about it now
         self._set_row(live, *row)
         self.view.sessions.active[live.row] = live.wanted and record.state is not SessionState.CLOSING

@@ -22,6 +22,16 @@ class ControllerConfig:
     capacity: int = 4
     slots: int = 16
     workers: int = 1
+    workers_max: int = 0
+    """0 or equal to `workers`: a fixed fleet."""
+    fleet_fd: int = -1
+    """Our end of the link to the launcher (runtime/fleet_link.py); -1: nobody starts or stops workers for us."""
+    arena_fd: int = -1
+    """The node's arena, of which partition 0 is ours; -1: sessions leave no recovery points."""
+    disk_bytes: int = 1 << 34
+    """What recovery points on disk may take together."""
+    may_kill: bool = False
+    """Operators may have a worker killed, to see what happens."""
     denoise_steps: int = 4
     parent_fd: int = -1
     queue_max: int = 64

@@ -151,7 +151,7 @@ class ControllerFleet(ControllerRecovery):
         for live in list(self.sessions.values()):
             if live.record.state in (SessionState.RUNNING, SessionState.STALLED) and live.adopt_by_s is None:
                 self._suspend(live, "disk", now_s, "the server stops")
-            elif live.record.state is SessionState.HOST:
+            elif live.record.state is SessionState.HOST and not live.spill_tried:
                 self._spill(live)
         for worker_id in list(self.workers):
             self._stop_if_empty(worker_id)

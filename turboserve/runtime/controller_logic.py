@@ -27,6 +27,7 @@ from turboserve.runtime.controller_books import (
     Effect,
     Kind,
     Live,
+    Load,
     Phase,
     Send,
     Spill,
@@ -88,7 +89,22 @@ class ControllerLogic(ControllerFleet):
             self._tick(now_s)
         return self._flush()
 
+    def loaded(self, session_id: str, point_bytes: int, now_s: float) -> list[Effect]:
+        """A recovery point has come from disk (0: there is none that can be used, so it begins anew)."""
+        live = self.sessions.get(session_id)
+        if live is not None and live.loading:
+            live.loading = False
+            live.point_bytes = point_bytes
+            if not point_bytes:
+                live.disk_bytes = 0
+                self._note(now_s, "no_point", session=session_id, reason="its recovery point on disk cannot be used")
+            if live.record.state is SessionState.DISK:
+                self._move(live, SessionState.DISK)
+            self._tick(now_s)
+        return self._flush()
+
     def _spill(self, live: Live) -> None:
+        live.spill_tried = True
         self._move(live, SessionState.SPILLING, live.record.reason)
         self._out.append(Spill(live.record.session_id))
 
@@ -225,6 +241,9 @@ class ControllerLogic(ControllerFleet):
             held = len(self._held_by(asked.worker_id))
             self._tick(now_s)
             self._answer(asked.op_id, state="draining", message=f"{held} sessions left")
+        elif asked.kind == "kill_worker" and not self.may_kill:
+            message = "workers are killed only where the server listens on loopback and has no keys"
+            self._answer(asked.op_id, code="forbidden", message=message)
         elif asked.kind == "kill_worker":
             self.workers[asked.worker_id].blamed = False
             self._note(now_s, "kill", worker=asked.worker_id, reason="asked by an operator")
@@ -350,6 +369,13 @@ class ControllerLogic(ControllerFleet):
         worker_id = self._apart(live, wanted)
         if worker_id is None or not self._takes(worker_id):
             return False
+        if live.record.state is SessionState.DISK and live.disk_bytes and not live.point_bytes:
+            if not live.loading:
+                live.loading = True
+                self._show(live)
+                self._out.append(Load(live.record.session_id))
+                self._tell_session(live)
+            return True  # the tick puts it somewhere once its point is there
         if not self._open(live, worker_id, Kind.RESUME, SessionState.RESUMING, now_s, reason=reason):
             return False
         self._note(now_s, "resume", worker=worker_id, session=live.record.session_id, reason=reason)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, ControllerBooks, Kind, Live, Move, Phase, Send
+from turboserve.runtime.controller_books import GATEWAY, ControllerBooks, DropFile, Kind, Live, Move, Phase, Send
 from turboserve.session import SessionState
 
 REFUSALS_MAX = 3
@@ -266,6 +266,9 @@ class ControllerMoves(ControllerBooks):
         live.move, live.adopt_by_s, live.retry_at_s = None, None, None
         live.refusals, live.avoid, live.anew = 0, "", False
         live.began = True
+        if live.disk_bytes:
+            live.disk_bytes = 0
+            self._out.append(DropFile(opened.session_id))
         live.next_index = opened.next_index
         self._move(live, SessionState.RUNNING if live.wanted else SessionState.STALLED)
         self._tell_placed(live)

@@ -204,10 +204,12 @@ class ControllerRecovery(ControllerMoves):
         stored: Iterable[tuple[SessionRecord, m.CreateSession]],
         now_s: float,
         moves: Mapping[str, tuple[int, str]] | None = None,
+        on_disk: Mapping[str, int] | None = None,
     ) -> None:
         """The sessions of an earlier controller, as the directory has them. Call it before the first message.
 
-        `moves`: session -> (move_id, target) of migrations that were under way; they are given up.
+        `moves`: session -> (move_id, target) of migrations that were under way; they are given up. `on_disk`: session
+        -> bytes of its recovery point there.
         """
         for session_id, (move_id, target) in (moves or {}).items():
             self.old_moves.setdefault(target, []).append((session_id, move_id))
@@ -216,6 +218,8 @@ class ControllerRecovery(ControllerMoves):
             live = self._add(record, request, now_s)
             live.began = record.epoch > 1 or record.state not in (SessionState.QUEUED, SessionState.LOADING)
             live.wanted = record.state in (SessionState.QUEUED, SessionState.RECOVERING)
+            if record.state is SessionState.DISK:
+                live.disk_bytes = (on_disk or {}).get(record.session_id, 0)
             if record.owner is not None:
                 live.adopt_by_s = adopt_by_s
             elif record.state is SessionState.SPILLING:

@@ -65,10 +65,17 @@ class Directory:
                 f"the directory {path} is in use by another controller", hint="stop it, or use another --data-dir"
             ) from None
         self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(_SCHEMA)
-        self._check_version(path)
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+            self._check_version(path)
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise CorruptState(
+                f"the directory {path} cannot be read: {error}",
+                hint="move it away: the gateway opens its sessions anew, from its own log",
+            ) from None
 
     def _check_version(self, path: Path) -> None:
         found = self._db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()

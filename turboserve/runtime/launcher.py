@@ -11,11 +11,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 RESTARTS_MAX = 5
-RESTART_WINDOW_S = 60.0
+"""Deaths of one process before the server was ever ready: more, and it will not become ready."""
+LIVED_S = 10.0
+"""A process that lived for so long is started again at once; one that died sooner waits, twice as long each time."""
+BACK_OFF_MIN_S, BACK_OFF_MAX_S = 0.1, 10.0
 POLL_S = 0.05
 
 Start = Callable[[int], tuple[list[str], int, tuple[int, ...]]]
@@ -28,11 +31,18 @@ class Child:
 
     name: str
     start: Start
+    stop_order: int = 0
+    """Children of a lower one are stopped first."""
+    lived_s: float = LIVED_S
+    back_off_max_s: float = BACK_OFF_MAX_S
     process: subprocess.Popen[bytes] | None = None
     generation: int = 0
-    deaths_s: list[float] = field(default_factory=list)
+    deaths: int = 0
+    """In a row, each soon after its start."""
+    started_s: float = 0.0
     start_at_s: float = 0.0
-    ended: bool = False
+    unwanted: bool = False
+    """It was told to end and is not started again."""
 
 
 class Launcher:
@@ -43,7 +53,14 @@ class Launcher:
         self._log = log
         self._timeout_s = shutdown_timeout_s
         self._children: list[Child] = []
+        self._generations: dict[str, int] = {}
         self._signal: int | None = None
+        self.ready = False
+        """Set it once the server was ready: from then on no death is a reason to give up."""
+        self.on_event: Callable[[str, str, int, int, str], None] | None = None
+        """Called with (name, started|backing_off|exited, pid, exit code, reason)."""
+        self.before_stopping: dict[int, Callable[[], None]] = {}
+        """Stop order -> what asks those children to end by themselves; they get most of the timeout for it."""
         self._parent_read, self._parent_write = os.pipe()
         os.set_inheritable(self._parent_read, True)
 
@@ -56,11 +73,46 @@ class Launcher:
     def pids(self) -> dict[str, int]:
         return {one.name: one.process.pid for one in self._children if one.process is not None}
 
-    def add(self, name: str, start: Start) -> None:
-        """Start a child and keep it running. Order of adding is order of starting; stopping goes backwards."""
-        child = Child(name, start)
+    def add(
+        self,
+        name: str,
+        start: Start,
+        *,
+        stop_order: int = 0,
+        lived_s: float = LIVED_S,
+        back_off_max_s: float = BACK_OFF_MAX_S,
+    ) -> None:
+        """Start a child and keep it running. Stopping goes by `stop_order`, and backwards within one."""
+        child = Child(name, start, stop_order, lived_s, back_off_max_s, generation=self._generations.get(name, 0))
         self._children.append(child)
         self._spawn(child)
+
+    def remove(self, name: str) -> None:
+        """SIGTERM; it is not started again. One that does not end is the operator's to look at."""
+        for child in self._find(name):
+            child.unwanted = True
+            if child.process is not None:
+                child.process.terminate()
+            else:
+                self._forget(child, 0, "removed before it was started again")
+
+    def kill(self, name: str) -> bool:
+        """SIGKILL, as an accident would. False when there is no such process."""
+        processes = [child.process for child in self._find(name) if child.process is not None]
+        for process in processes:
+            process.kill()
+        return bool(processes)
+
+    def _find(self, name: str) -> list[Child]:
+        return [one for one in self._children if one.name == name]
+
+    def _forget(self, child: Child, code: int, reason: str) -> None:
+        self._children.remove(child)
+        self._say(child.name, "exited", 0, code, reason)
+
+    def _say(self, name: str, kind: str, pid: int, code: int, reason: str) -> None:
+        if self.on_event is not None:
+            self.on_event(name, kind, pid, code, reason)
 
     def _spawn(self, child: Child) -> None:
         argv, config_fd, fds = child.start(child.generation)
@@ -76,10 +128,13 @@ class Launcher:
         finally:
             os.close(config_fd)
         child.generation += 1
+        self._generations[child.name] = child.generation
+        child.started_s = time.monotonic()
         self._log.info("started", process=child.name, pid=child.process.pid)
+        self._say(child.name, "started", child.process.pid, 0, "")
 
     def run(self, on_poll: Callable[[], None] | None = None) -> int:
-        """Supervise until SIGTERM or SIGINT; returns the exit code: 0, 130, or 1 when a child cannot be kept up."""
+        """Supervise until SIGTERM or SIGINT; the exit code: 0, 130, or 1 when the server cannot be got up."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         code = 0
@@ -100,9 +155,7 @@ class Launcher:
 
     def _look_after(self) -> int:
         now_s = time.monotonic()
-        for child in self._children:
-            if child.ended:
-                continue
+        for child in list(self._children):
             if child.process is None:
                 if now_s >= child.start_at_s:
                     self._spawn(child)
@@ -111,33 +164,55 @@ class Launcher:
             if code is None:
                 continue
             child.process = None
-            if code == 0:
-                child.ended = True  # drained on purpose
+            if code == 0 or child.unwanted:
                 self._log.info("process ended", process=child.name)
+                self._forget(child, code, "it was told to end")
                 continue
-            child.deaths_s = [then for then in child.deaths_s if now_s - then < RESTART_WINDOW_S] + [now_s]
-            self._log.error("process died", process=child.name, exit_code=code, recent_deaths=len(child.deaths_s))
-            if len(child.deaths_s) > RESTARTS_MAX:
-                self._log.error("giving up", process=child.name, reason=f"died {len(child.deaths_s)} times a minute")
+            child.deaths = child.deaths + 1 if now_s - child.started_s < child.lived_s else 1
+            self._log.error("process died", process=child.name, exit_code=code, deaths=child.deaths)
+            if not self.ready and child.deaths > RESTARTS_MAX:
+                self._log.error(
+                    "giving up",
+                    process=child.name,
+                    reason=f"it died {child.deaths} times and the server was never ready; its own log says why",
+                )
                 return 1
-            child.start_at_s = now_s + 0.1 * 2 ** (len(child.deaths_s) - 1) - 0.1
+            wait_s = 0.0
+            if child.deaths > 1:
+                wait_s = min(child.back_off_max_s, BACK_OFF_MIN_S * 2 ** min(16, child.deaths - 2))
+            child.start_at_s = now_s + wait_s
+            reason = f"exit code {code}, {child.deaths} in a row; started again in {wait_s:.1f} s"
+            self._say(child.name, "backing_off", 0, code, reason)
         return 0
 
     def stop(self) -> None:
-        """SIGTERM to each child, last started first; SIGKILL to what is left after the timeout."""
-        for child in reversed(self._children):
-            if child.process is None:
-                continue
-            child.process.terminate()
-            asked_s = time.monotonic()
-            # Read anew each time: a second signal sets the timeout to 0.
-            while child.process.poll() is None and time.monotonic() < asked_s + self._timeout_s:
-                time.sleep(0.01)
-            if child.process.poll() is None:
-                self._log.warning("killed: it did not end in time", process=child.name, timeout_s=self._timeout_s)
-                child.process.kill()
-            child.process.wait()
-            child.process = None
+        """Ask the children to end, group by group; SIGTERM and then SIGKILL to what is left after the timeout."""
+        for order in sorted({child.stop_order for child in self._children}):
+            group = [one for one in reversed(self._children) if one.stop_order == order and one.process is not None]
+            ask = self.before_stopping.get(order)
+            if ask is not None:
+                ask()
+                self._wait(group, 0.7)
+            for child in group:
+                if child.process is not None and child.process.poll() is None:
+                    child.process.terminate()
+            self._wait(group, 1.0)
+            for child in group:
+                assert child.process is not None
+                if child.process.poll() is None:
+                    self._log.warning("killed: it did not end in time", process=child.name, timeout_s=self._timeout_s)
+                    child.process.kill()
+                child.process.wait()
+                child.process = None
+
+    def _wait(self, group: list[Child], share: float) -> None:
+        """Until all of them have ended, or that share of the timeout is over."""
+        asked_s = time.monotonic()
+        # The timeout is read anew each time: a second signal sets it to 0.
+        while time.monotonic() < asked_s + share * self._timeout_s:
+            if all(one.process is None or one.process.poll() is not None for one in group):
+                return
+            time.sleep(0.01)
 
 
 def child_environment() -> dict[str, str]:

@@ -1,0 +1,125 @@
+"""The controller's hands in the arena and on the disk: what it drops, spills and reads back. One thread of its own.
+
+Workers write recovery points; the controller, who knows which sessions there are, ends those of sessions that are
+gone. It spills a suspended session's point to disk and reads it back into its own partition. Nothing here decides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turboserve.errors import TurboServeError
+from turboserve.runtime.arena import Arena, Ledger
+from turboserve.runtime.recovery_store import RecoveryStore
+from turboserve.runtime.spill_files import SpillFiles
+
+SWEEP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What lies in the arena and on disk, in bytes."""
+
+    arena: Ledger
+    arena_sessions: dict[str, int]
+    disk_sessions: dict[str, int]
+
+
+class ControllerPoints:
+    """`post` brings a result to the controller's own thread: it is called with a function to run there."""
+
+    def __init__(
+        self, arena_fd: int, generation: int, folder: Path, disk_bytes: int, post: Callable[..., Any], log: Any
+    ) -> None:
+        # Every start of the controller is a new owner of partition 0: what an earlier one had only reserved is free.
+        self._store = RecoveryStore(Arena.map(arena_fd, partition=0, owner_epoch=generation))
+        self._files = SpillFiles(folder, disk_bytes)
+        self._post = post
+        self._log = log
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="points")
+        self._sweep_at_s = time.monotonic() + SWEEP_S
+
+    def close(self) -> None:
+        """Finish what is begun: a point that is being written to disk is worth a moment."""
+        self._thread.shutdown(wait=True)
+
+    def on_disk(self) -> dict[str, int]:
+        """session -> bytes of its point on disk."""
+        return self._files.sessions()
+
+    # ------------------------------------------------------------------ wishes, from the controller's thread
+
+    def drop(self, session_id: str) -> None:
+        """The session has ended."""
+        self._thread.submit(self._guarded, self._drop, session_id)
+
+    def drop_file(self, session_id: str) -> None:
+        """The session goes on; what lies on disk is old."""
+        self._thread.submit(self._guarded, self._files.drop, session_id)
+
+    def spill(self, session_id: str, done: Callable[[str, int], None]) -> None:
+        """`done(session, bytes on disk)`; 0 bytes: it stays where it is."""
+        self._thread.submit(self._guarded, self._spill, session_id, done)
+
+    def load(self, session_id: str, done: Callable[[str, int], None]) -> None:
+        """`done(session, bytes in the arena)`; 0 bytes: there is no usable point."""
+        self._thread.submit(self._guarded, self._load, session_id, done)
+
+    def sweep(self, known: Collection[str], now_s: float) -> None:
+        """Every SWEEP_S: drop what belongs to no session. A worker that was cut off may have left it later."""
+        if now_s >= self._sweep_at_s:
+            self._sweep_at_s = now_s + SWEEP_S
+            self._thread.submit(self._guarded, self._sweep, frozenset(known))
+
+    def figures(self, done: Callable[[Stored], None]) -> None:
+        """`done(what is stored)`."""
+        self._thread.submit(self._guarded, self._figures, done)
+
+    # ------------------------------------------------------------------ in the thread
+
+    def _guarded(self, do: Callable[..., None], *args: Any) -> None:
+        try:
+            do(*args)
+        except Exception as error:
+            # Losing a copy costs time, never a stream; a bug here must be seen all the same.
+            self._log.error("recovery points", doing=do.__name__, error=str(error), exc_info=True)
+
+    def _drop(self, session_id: str) -> None:
+        self._store.drop(session_id)
+        self._files.drop(session_id)
+
+    def _spill(self, session_id: str, done: Callable[[str, int], None]) -> None:
+        bytes_ = 0
+        try:
+            point = self._store.latest(session_id)
+            if point is not None:
+                bytes_ = self._files.write(self._store, point)
+                self._store.drop(session_id)
+        except (TurboServeError, OSError) as error:
+            self._log.error("recovery point not written to disk", session=session_id, error=str(error))
+        finally:
+            self._post(done, session_id, bytes_)
+
+    def _load(self, session_id: str, done: Callable[[str, int], None]) -> None:
+        bytes_ = 0
+        try:
+            bytes_ = self._files.read(session_id, self._store).total_bytes
+        except (TurboServeError, OSError) as error:
+            self._log.error("recovery point not read from disk", session=session_id, error=str(error))
+        finally:
+            self._post(done, session_id, bytes_)
+
+    def _sweep(self, known: frozenset[str]) -> None:
+        for session_id in set(self._store.sessions()) | set(self._files.sessions()):
+            if session_id not in known:
+                self._log.info("recovery points of no session dropped", session=session_id)
+                self._drop(session_id)
+
+    def _figures(self, done: Callable[[Stored], None]) -> None:
+        stored = Stored(self._store.arena.ledger(), self._store.sessions(), self._files.sessions())
+        self._post(done, stored)

@@ -62,6 +62,7 @@ def profile(model: str, device: str) -> dict[str, Any]:
         "provision_s": 30.0,
         "release_s": 0.0,
         "provision_unit_workers": 1,
+        "gpu_count": gpus,
         "migrate_cross_node_s": round(state_gb / (NETWORK_GB_S * gpus), 4),
         "price_per_worker_hour": float(gpus),
     }

@@ -24,7 +24,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from turboserve.geometry import SlotGeometry, tensor_bytes
 
@@ -258,10 +258,9 @@ class StreamingModel(Protocol):
         ...
 
 
-@runtime_checkable
 class PreparesChunks(Protocol):
-    """What a model may offer besides: work that a chunk needs first and that runs beside the passes, such as encoding
-    a new prompt. Its session waits for it; the others' passes go on."""
+    """What a model may offer besides (the engine asks whether it has the method): work that a chunk needs first and
+    that runs beside the passes, such as encoding a new prompt. Its session waits for it; the others' passes go on."""
 
     def chunk_ready(self, state: SessionTensors, request: ChunkRequest) -> bool:
         """Whether `next_passes` would answer without waiting; begins the work where it would not. Never blocks."""

@@ -38,6 +38,7 @@ class LatencyProfile:
     provision_s: float = 0.0
     release_s: float = 0.0
     provision_unit_workers: int = 1
+    gpu_count: int = 1  # GPUs of the worker that was measured
     price_per_worker_hour: float = 1.0
     about: str = ""
 

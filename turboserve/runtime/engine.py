@@ -26,7 +26,15 @@ import torch
 
 from turboserve.digest import next_digest
 from turboserve.errors import SessionPoisoned, TurboServeError
-from turboserve.model.interface import PackedBatch, PassKind, PreparesChunks, Segment, StreamingModel, pack
+from turboserve.model.interface import (
+    ChunkRequest,
+    PackedBatch,
+    PassKind,
+    Segment,
+    SessionTensors,
+    StreamingModel,
+    pack,
+)
 from turboserve.runtime.batch import form_batch
 from turboserve.runtime.cost_model import MeasuredCost
 from turboserve.runtime.engine_sessions import EngineSessions
@@ -102,9 +110,8 @@ class Engine(EngineSessions):
 
     def _chunk_ready(self, session: HeldSession) -> bool:
         """Whether a session's next chunk can begin now, not after its model has prepared it."""
-        if not isinstance(self.model, PreparesChunks):
-            return True
-        return self.model.chunk_ready(session.state, session.queue[0].request)
+        ready: Callable[[SessionTensors, ChunkRequest], bool] | None = getattr(self.model, "chunk_ready", None)
+        return ready is None or ready(session.state, session.queue[0].request)
 
     def _begin_chunk(self, session: HeldSession, emit: Emit) -> None:
         """Ask the model for the segments of the session's next credited chunk."""

@@ -112,6 +112,7 @@ def measure_profile(
         "provision_s": options.provision_s,
         "release_s": 0.0,
         "provision_unit_workers": 1,
+        "gpu_count": 1,
         "price_per_worker_hour": options.price_per_worker_hour,
         "measured": {
             "model": spec.name,

@@ -110,7 +110,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         numerics_id=numerics.numerics_id,
         device=config.device,
         device_class=numerics.device_class,
-        gpu_count=1 if model.device.type == "cuda" else 0,
+        gpu_count=config.gpu_count if model.device.type == "cuda" else 0,
         slot_count=config.slots,
         capacity=config.capacity,
         session_bytes=state_bytes(layout),

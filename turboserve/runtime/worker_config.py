@@ -46,6 +46,8 @@ class WorkerConfig:
     node: str = "local"
     model: str = "shapes"
     device: str = "cpu"
+    gpu_count: int = 1
+    """GPUs that this one worker runs its model on (docs/design.md, "Workers on several GPUs")."""
     slots: int = 16
     capacity: int = 4
     ring_fd: int = -1
@@ -67,6 +69,10 @@ class WorkerConfig:
             raise ConfigError(f"capacity is {self.capacity}", expected=f"1 to {self.slots}, the number of slots")
         if self.recovery_every_chunks < 0 or self.arena_partition < 0:
             raise ConfigError("recovery_every_chunks and arena_partition must not be below 0")
+        if self.gpu_count != 1:
+            raise ConfigError(
+                f"gpu_count is {self.gpu_count}", expected="1", hint="a worker on several GPUs is not built yet"
+            )
         if self.log_format not in ("console", "json"):
             raise ConfigError(f"log_format is {self.log_format!r}", expected="console or json")
         if self.heartbeat_s <= 0 or self.shutdown_timeout_s < 0:

@@ -16,7 +16,7 @@ import numpy as np
 from turboserve.orchestrator.autoscaling import LEVELS
 from turboserve.orchestrator.load_replay import profile_levels
 from turboserve.sim.events import US
-from turboserve.sim.trace import demand, read_trace
+from turboserve.sim.trace import demand, periods, read_trace
 
 
 def samples(path: str, skip_s: int = 600) -> np.ndarray:
@@ -27,13 +27,19 @@ def samples(path: str, skip_s: int = 600) -> np.ndarray:
     return found.count[np.searchsorted(found.time_us, seconds, side="right") - 1].astype(float)
 
 
+def period_s(path: str) -> float:
+    """Mean active period."""
+    starts_s, ends_s = periods(read_trace(path))
+    return float((ends_s - starts_s).mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", nargs="+")
     parser.add_argument("--provision-s", type=int, default=30)
     parser.add_argument("--capacity", type=float, default=4.0)
     arguments = parser.parse_args()
-    bases = [samples(path) for path in arguments.traces]
+    bases = [(samples(path), period_s(path)) for path in arguments.traces]
     bounds = tuple(level.above for level in LEVELS)
     for level in profile_levels(bases, arguments.provision_s, arguments.capacity, bounds):
         print(f"    Level({level.above:.2f}, {level.price:.1f}, {level.rho:.1f}),")

@@ -8,6 +8,9 @@ import pytest
 from turboserve.orchestrator import autoscaling, demand, fairness, load_replay
 from turboserve.orchestrator.autoscaling import Level, ScaleMemory, level_of, mean_excess, target_workers
 from turboserve.orchestrator.demand import Demand, forecast, observe
+from turboserve.orchestrator.service import REDUCED_SHARE, SERVICE_FADE_S, Service, look
+from turboserve.orchestrator.view import make_view
+from turboserve.sim.profile_files import load_profile
 
 
 def test_mean_excess_equals_the_integral() -> None:
@@ -54,32 +57,63 @@ def test_samples_fill_the_seconds_nobody_looked_at() -> None:
     assert observe(d, 8, 4.9) is d
 
 
-def test_chance_is_smoothed_and_a_surge_believed() -> None:
+def test_chance_is_smoothed_and_a_flash_crowd_believed() -> None:
     d = Demand()
     for second in range(300):
         d = observe(d, 100, float(second))
-    assert 100 < forecast(d, 110, 30.0).mean < 104
-    assert forecast(d, 160, 30.0).mean > 160
-    assert forecast(d, 110, 0.0).mean == 110
+    # Periods of 30 s: 37 % of those active now still are when the worker is ready.
+    assert forecast(d, 110, 30.0, 30.0).mean == pytest.approx(100 + 10 * math.exp(-1))
+    assert forecast(d, 125, 30.0, 30.0).mean < 110
+    assert forecast(d, 160, 30.0, 30.0).mean > 160
+    assert forecast(d, 110, 0.0, 30.0).mean == 110
+
+
+def test_long_periods_lean_on_the_newest_count_and_a_longer_delay_is_less_certain() -> None:
+    d = Demand()
+    for second in range(300):
+        d = observe(d, 100, float(second))
+    assert forecast(d, 120, 30.0, 300.0).mean > forecast(d, 120, 30.0, 20.0).mean
+    assert forecast(d, 120, 30.0, math.inf).mean == 120
+    assert forecast(d, 100, 120.0, 30.0).sigma > 1.5 * forecast(d, 100, 30.0, 30.0).sigma
 
 
 def test_replay_bills_the_fleet_and_sees_who_has_no_room() -> None:
     samples = np.full(1200, 40.0)
-    bill, excess, spread = load_replay.replay(samples, 30, 4.0, 0.01, 1.0, 15, 1.0, 300)
+    surviving = demand.survivors(30.0, 30.0)
+    bill, excess, spread = load_replay.replay(samples, 30, surviving, 4.0, 0.01, 1.0, 15, 1.0, 300)
     assert bill == 900 * 10 and excess == 0.0 and spread == 0.0
     samples[600:] = 80.0
-    assert load_replay.replay(samples, 30, 4.0, 0.01, 1.0, 15, 1.0, 300)[1] > 0.01
-    arguments = (samples[:200], 20, 4.0, 6.0, 1.0, 10, 1.0, 50)
+    assert load_replay.replay(samples, 30, surviving, 4.0, 0.01, 1.0, 15, 1.0, 300)[1] > 0.01
+    arguments = (samples[:200], 20, 0.4, 4.0, 6.0, 1.0, 10, 1.0, 50)
     assert load_replay.replay(*arguments) == pytest.approx(load_replay.replay.py_func(*arguments))
 
 
-def test_refinement_lowers_the_price_in_calm_and_raises_it_over_budget() -> None:
-    d = Demand()
-    for second in range(900):
-        d = observe(d, 100, float(second))
-    calm = load_replay.refine(ScaleMemory(), d, 30.0, 4.0, 0.0, 900.0)
-    assert calm.price_factor < 1.0 and calm.refined_s == 900.0
-    assert load_replay.refine(ScaleMemory(), d, 30.0, 4.0, 0.05, 900.0).price_factor > 1.0
+def test_the_spread_follows_the_service_within_bounds() -> None:
+    calm = autoscaling.refine(ScaleMemory(), 0.0, 900.0)
+    assert calm.sigma_scale < 1.0 and calm.refined_s == 900.0
+    assert autoscaling.refine(ScaleMemory(), 1.0, 900.0).sigma_scale == 1.0
+    over = autoscaling.refine(ScaleMemory(), 3.0, 900.0)
+    assert over.sigma_scale > 1.0
+    assert over.sigma_scale == autoscaling.refine(ScaleMemory(), 30.0, 900.0).sigma_scale  # one burst is one step
+    for pressure, bound in ((0.0, autoscaling.SIGMA_SCALE_MIN), (9.0, autoscaling.SIGMA_SCALE_MAX)):
+        memory = ScaleMemory()
+        for number in range(200):
+            memory = autoscaling.refine(memory, pressure, 60.0 * number)
+        assert memory.sigma_scale == bound
+
+
+def test_the_service_is_what_was_begun_since_the_last_look() -> None:
+    view = make_view((load_profile("k4"),), workers_max=4, workers_min=1)
+    service = Service()
+    for now_s, chunks, reduced in ((0.0, 0, 0), (200.0, 5000, 4000), (400.0, 10_000, 4000), (401.0, 10_100, 4100)):
+        view.observed.chunks, view.observed.reduced_chunks = chunks, reduced
+        service = look(service, view, now_s)
+        if now_s == 200.0:
+            assert service.reduced_share == REDUCED_SHARE  # the first minutes do not count
+        if now_s == 400.0:
+            calm = service.reduced_share
+            assert 0.8 * REDUCED_SHARE < calm < REDUCED_SHARE
+    assert service.reduced_share - calm == pytest.approx((1.0 - calm) / SERVICE_FADE_S, rel=0.01)
 
 
 def test_the_family_scales_the_deviation_and_keeps_the_mean() -> None:
@@ -95,7 +129,7 @@ def test_the_family_scales_the_deviation_and_keeps_the_mean() -> None:
 def test_profiled_levels_are_monotone() -> None:
     rng = np.random.default_rng(5)
     bases = [np.repeat(rng.poisson(40, 60), 20).astype(float)]
-    levels = load_replay.profile_levels(bases, 30, 4.0, (0.0, 0.1, 0.2))
+    levels = load_replay.profile_levels([(base, 20.0) for base in bases], 30, 4.0, (0.0, 0.1, 0.2))
     assert [x.price for x in levels] == sorted(x.price for x in levels)
     assert [x.rho for x in levels] == sorted((x.rho for x in levels), reverse=True)
 

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from turboserve.audit.audit import audit_run
 from turboserve.errors import ConfigError, TraceError
+from turboserve.orchestrator.plan import Action, Plan, Shed, Suspend
+from turboserve.orchestrator.view import ClusterView
 from turboserve.sim.batches import R_BATCH, R_FINISH, R_N, R_RELEASE, R_SESSION, R_START, R_STEPS
 from turboserve.sim.events import TRANSFER_END, WAKE, Timers, up_us
 from turboserve.sim.files import write_run
 from turboserve.sim.policies import make_policy
+from turboserve.sim.policies.base import StaticLeast
 from turboserve.sim.profile_files import load_profile, shipped_profiles
 from turboserve.sim.replay import Run, Settings, simulate
 from turboserve.sim.report import report
@@ -37,6 +40,41 @@ def play(trace: Trace, policy: str = "turboserve", **kinds: object) -> Run:
     chosen = Settings(**{"warmup_s": 0.0, **kinds})
     made = make_policy(policy, scaling=chosen.workers is None, provision_s=chosen.provision_s)
     return simulate(trace, K4, made, chosen)
+
+
+class _ActsOnce(StaticLeast):
+    """Static least-loaded that at `at_s` does one thing more."""
+
+    def __init__(self, at_s: float, action: Action) -> None:
+        super().__init__()
+        self.at_s, self.action = at_s, action
+
+    def decide(self, view: ClusterView, now_s: float) -> Plan:
+        plan = super().decide(view, now_s)
+        if now_s < self.at_s:
+            return Plan(plan.actions, wake_at_s=self.at_s)
+        return Plan((*plan.actions, self.action) if now_s == self.at_s else plan.actions)
+
+
+def test_run_and_bill_end_with_the_last_chunk_not_with_a_transfer(tmp_path: Path) -> None:
+    trace = trace_of("0,a,arrive, 0,a,active,4 3.2,a,depart,", tmp_path)
+    slow = dataclasses.replace(K4, offload_s=5.0)
+    run = simulate(trace, slow, _ActsOnce(2.2, Suspend("a", "w00000", "")), Settings(workers=1, warmup_s=0.0))
+    assert sum(d["event"] == "suspend" and d["end_s"] == 7.4 for d in run.log.decisions) == 1
+    assert run.end_us == trace.horizon_us == 3_200_000
+    assert report(run)["worker_hours"] == pytest.approx(3.2 / 3600)
+
+
+def test_shed_chunks_count_from_their_release(tmp_path: Path) -> None:
+    trace = trace_of("0,a,arrive, 0,a,active,8 8,a,depart,", tmp_path)
+    run = simulate(trace, K4, _ActsOnce(3.5, Shed("a", "")), Settings(workers=1, warmup_s=5.0))
+    shed = run.log.shed
+    assert len(shed) + len(run.rows) == 8 and all(x.time_us == shed[0].time_us for x in shed)
+    assert [x.release_us for x in shed] == [(x.index - 1) * 1_000_000 for x in shed]
+    figures = report(run)
+    counted = sum(x.release_us >= 5_000_000 for x in shed)
+    assert 0 < counted < len(shed)
+    assert (figures["shed"], figures["warmup"]["shed"]) == (counted, len(shed) - counted)
 
 
 def test_one_session_alone_follows_the_release_times(tmp_path: Path) -> None:

@@ -71,11 +71,7 @@ def audit_run(directory: Path, trace_path: Path, profile_name: str, flags: dict)
         run, trace, fleet, where, profile, pace=settings["pace"], warmup_s=settings["warmup_s"]
     )
     if run.report is not None:
-        released_s = figures.shed_release_s(run, trace, settings["pace"], profile["chunk_s"])
-        known = run.shed["session_id"] >= 0
-        plain = (released_s >= settings["warmup_s"]) == (run.shed["time_s"][known] >= settings["warmup_s"])
-        slack_hours = len(fleet) * sum(least_s.values()) / figures.SECONDS_PER_HOUR
-        figures.check_report(run.report, recomputed, findings, shed_is_plain=bool(plain.all()), slack_hours=slack_hours)
+        figures.check_report(run.report, recomputed, findings)
     return {
         "violations": findings.shown,
         "violation_counts": findings.counts,

@@ -8,7 +8,10 @@ The target for the moment `provision_s` ahead is the smallest fleet that satisfi
   workers per session that finds its worker full; the sessions without room are the mean excess of a normal forecast.
 
 Both depend on the volatility level. Levels, lambda and rho are profiled offline over a family of segments made by
-scaling a base trace's deviation (`load_replay.profile_levels`) and refined online by replaying what was seen.
+scaling a base trace's deviation (`load_replay.profile_levels`). Online the spread is refined by the service that was
+given: the share of chunks with fewer denoise steps is led to an aim (`refine`). Replaying what was seen and taking the
+price or the spread that would have served it best was tried first and costs more at equal service: a burst in the last
+quarter of an hour says little about the next.
 
 Growing is immediate. Shrinking waits until the target has stayed below for `hold_s` (a part of the provisioning delay,
 for that is what starting a worker again would be billed: ski rental), and until what is left has room for everybody.
@@ -21,7 +24,9 @@ from dataclasses import dataclass, replace
 
 from numba import njit
 
-SIGMA_SCALE = 1.05  # spread of real demand around the forecast over sqrt(mean): median of the shared windows
+SIGMA_SCALE_MIN, SIGMA_SCALE_MAX = 0.6, 3.2
+REFINE_EVERY_S = 60.0
+GROW_GAIN, SHRINK_GAIN = 0.03, 0.025  # a refinement, as powers of e, at twice the share aimed at and at none
 HOLD_SHARE = 0.5  # of the provisioning delay
 PROFILED_DELAY_S = 30.0
 HOLD_MIN_S, HOLD_MAX_S = 3.0, 20.0
@@ -40,10 +45,10 @@ class Level:
 # Profiled by bench/orchestrator/profile_levels.py over five of the shared windows (mooncake_chat_q25, gentd_stack3,
 # azure_conv_p15, gentd_surge, hyb_r1_trough) at a delay of 30 s and capacity 4.
 LEVELS = (
-    Level(0.00, 4.0, 0.9),
-    Level(0.10, 4.0, 0.9),
-    Level(0.20, 8.0, 0.8),
-    Level(0.35, 40.0, 0.8),
+    Level(0.00, 1.2, 1.0),
+    Level(0.10, 2.5, 1.0),
+    Level(0.20, 5.0, 0.9),
+    Level(0.35, 6.0, 0.9),
 )
 
 
@@ -53,8 +58,7 @@ class ScaleMemory:
 
     recent: tuple[tuple[float, int], ...] = ()
     began_s: float | None = None  # first target noted: nothing shrinks before a whole hold has been seen
-    price_factor: float = 1.0  # refined online, times the level's price
-    sigma_scale: float = SIGMA_SCALE
+    sigma_scale: float = 1.0  # times the forecast's spread; refined online
     refined_s: float = 0.0
 
 
@@ -86,6 +90,18 @@ def may_shrink(memory: ScaleMemory, now_s: float, hold_s: float) -> bool:
 def hold_s(provision_s: float) -> float:
     """How long a lower target must last before the fleet shrinks."""
     return min(HOLD_MAX_S, max(HOLD_MIN_S, HOLD_SHARE * provision_s))
+
+
+def refine(memory: ScaleMemory, pressure: float, now_s: float) -> ScaleMemory:
+    """The spread to reckon with follows the service that was given.
+
+    `pressure`: share of chunks lately reduced (or late) over the share aimed at. Above 1 the spread grows, below it
+    shrinks, slowly: what one burst did to the service is no reason to pay for the next half hour.
+    """
+    over = pressure - 1.0
+    step = GROW_GAIN * min(1.0, over) if over > 0.0 else SHRINK_GAIN * max(-1.0, over)
+    scale = min(SIGMA_SCALE_MAX, max(SIGMA_SCALE_MIN, memory.sigma_scale * math.exp(step)))
+    return replace(memory, sigma_scale=scale, refined_s=now_s)
 
 
 @njit(cache=True)

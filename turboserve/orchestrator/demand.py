@@ -1,11 +1,18 @@
 """Recent counts of active sessions -> how many there will be when a worker asked for now is ready.
 
-One sample a second. The forecast for `delay_s` ahead leans on the mean of the last minutes, not on the newest count:
-periods are short against the window, so a chance peak is gone before a worker could serve it (over thirteen windows of
-real activity, half a minute ahead, a quarter of the newest count and three quarters of the mean has 10 to 20 % less
-error than the newest count alone). A rise far outside chance is believed: the weight then moves to the newest count,
-and its growth is carried on (a flash crowd). What is left over is about sqrt(mean), as for independent sessions; how
-much more than that is measured (`load_replay`), and is the volatility that chooses the headroom.
+One sample a second. Of the sessions active now, exp(-delay / mean period) still are after the delay; the others have
+gone and been replaced at the rate that keeps the mean of the last minute and a half. So
+
+    expected = survivors * newest count + (1 - survivors) * mean
+
+which leans on the newest count where periods are long against the delay, and on the mean where a chance peak will be
+gone before a worker could serve it. Carrying every rise on costs more than it spares, on recorded and on synthetic
+windows: what rises for half a minute mostly falls again in the next. Only a rise far outside chance (three times
+sqrt(mean): a flash crowd) is believed; the newest count then takes the mean's place and half of its growth goes on.
+
+What is left over is about sqrt(expected), as for independent sessions, and grows with the delay as the level drifts;
+how much more or less than that is refined by the service given (`autoscaling.refine`), and is the volatility that
+chooses the headroom.
 """
 
 from __future__ import annotations
@@ -19,11 +26,13 @@ from numba import njit
 from turboserve.orchestrator.view import Floats
 
 SAMPLES_MAX = 1800
-WINDOW_S = 180  # of the mean
-NEWEST_SHARE = 0.25  # weight of the newest count while it lies within chance
-SURGE_SIGMAS = 1.5  # from here on a rise is believed, fully one sigma further
+WINDOW_S = 90  # of the mean
+SURGE_SIGMAS = 3.0  # from here on a rise is believed, fully one sigma further
 GROWTH_SHARE = 0.5  # of a surge's growth over the last 30 s, per 30 s of delay, that is carried on
 GROWTH_S = 30
+# Spread of the error: SPREAD * sqrt(expected * (1 + delay / DRIFT_S)). Fitted at delays of 30 and 120 s to the headroom
+# that served the shared and the synthetic windows best.
+SPREAD, DRIFT_S = 0.555, 12.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +46,10 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Active sessions `delay_s` ahead: expected number and the spread that chance alone gives."""
+    """Active sessions `delay_s` ahead: expected number and the spread of the error."""
 
     mean: float
     sigma: float
-    surge: float  # 0: within chance, 1: a rise that is fully believed
 
 
 def observe(demand: Demand, active: int, now_s: float) -> Demand:
@@ -61,25 +69,29 @@ def observe(demand: Demand, active: int, now_s: float) -> Demand:
     )
 
 
-def forecast(demand: Demand, active: int, delay_s: float) -> Forecast:
-    """Forecast from the samples; with no delay the newest count is all that matters."""
+def forecast(demand: Demand, active: int, delay_s: float, period_s: float) -> Forecast:
+    """Forecast from the samples and the mean active period; with no delay the newest count is all that matters."""
     if delay_s <= 0 or demand.count == 0:
-        return Forecast(float(active), 0.0, 0.0)
+        return Forecast(float(active), 0.0)
     window = demand.samples[SAMPLES_MAX - min(demand.count, WINDOW_S) :]
-    before = demand.samples[SAMPLES_MAX - 1 - min(demand.count - 1, GROWTH_S)]
-    mean, sigma, surge = predict(float(active), float(window.mean()), float(before), delay_s)
-    return Forecast(mean, sigma, surge)
+    before = float(demand.samples[SAMPLES_MAX - 1 - min(demand.count - 1, GROWTH_S)])
+    return Forecast(*predict(float(active), float(window.mean()), before, survivors(delay_s, period_s), delay_s))
+
+
+def survivors(delay_s: float, period_s: float) -> float:
+    """Share of the sessions active now that still are after `delay_s`, for periods without memory."""
+    return math.exp(-delay_s / max(1.0, period_s))
 
 
 @njit(cache=True)
-def predict(newest: float, mean: float, before: float, delay_s: float) -> tuple[float, float, float]:
-    """(expected count, its spread by chance, how much of a surge) from the newest count, the mean of the window and the
-    count GROWTH_S ago."""
+def predict(newest: float, mean: float, before: float, surviving: float, delay_s: float) -> tuple[float, float]:
+    """(expected count, its spread) from the newest count, the mean of the window, the count GROWTH_S ago and the share
+    surviving."""
     chance = math.sqrt(max(mean, 1.0))
     surge = min(1.0, max(0.0, (newest - mean) / chance - SURGE_SIGMAS))
-    weight = NEWEST_SHARE + (1.0 - NEWEST_SHARE) * surge
-    expected = weight * newest + (1.0 - weight) * mean
+    level = mean
     if surge > 0.0:
-        growth = newest - before - chance
-        expected += surge * GROWTH_SHARE * max(0.0, growth) * delay_s / GROWTH_S
-    return expected, math.sqrt(max(expected, 1.0)), surge
+        growth = max(0.0, newest - before - chance)
+        level += surge * (newest - mean + GROWTH_SHARE * growth * delay_s / GROWTH_S)
+    expected = surviving * newest + (1.0 - surviving) * level
+    return expected, SPREAD * math.sqrt(max(expected, 1.0) * (1.0 + delay_s / DRIFT_S))

@@ -16,7 +16,6 @@ import numpy as np
 from turboserve.orchestrator import autoscaling, brownout, fairness, placement, residency
 from turboserve.orchestrator.autoscaling import ScaleMemory, level_of, target_workers
 from turboserve.orchestrator.demand import Demand, forecast, observe
-from turboserve.orchestrator.load_replay import REFINE_EVERY_S, refine
 from turboserve.orchestrator.placement import Survey, lightest, promise, survey
 from turboserve.orchestrator.plan import (
     Action,
@@ -30,8 +29,11 @@ from turboserve.orchestrator.plan import (
     Resume,
     UndrainWorker,
 )
+from turboserve.orchestrator.service import REDUCED_SHARE, Service, look
 from turboserve.orchestrator.unequal import search
 from turboserve.orchestrator.view import HELD, HOST, NEW, NOWHERE, ClusterView, Ints
+
+FULL_STEPS_PRICE = 100.0  # times the price of latency where only playout slack carries overload
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,7 @@ class Memory:
     period_s: float = 20.0  # mean active period seen
     ended: int = 0
     ended_s: float = 0.0
-    chunks: int = 0
-    reduced_chunks: int = 0
-    reduced_share: float = 0.0
+    service: Service = field(default_factory=Service)
 
 
 DEFAULT = TickConfig()
@@ -76,7 +76,7 @@ def tick(view: ClusterView, memory: Memory, now_s: float, config: TickConfig = D
     demand = observe(memory.demand, sv.active, now_s)
     sampled = demand is not memory.demand
     if sampled:
-        memory = _periods(replace(memory, demand=demand), view)
+        memory = _periods(replace(memory, demand=demand, service=look(memory.service, view, now_s)), view)
     actions: list[Action] = []
     fixed = view.workers_min >= view.workers_max
     if config.scale and not fixed and (sampled or view.provision_s <= 0):
@@ -132,16 +132,6 @@ def _periods(memory: Memory, view: ClusterView) -> Memory:
             ended=seen.periods_ended,
             ended_s=seen.period_seconds,
         )
-    chunks = seen.chunks - memory.chunks
-    if chunks >= 100:
-        weight = 1 / 300  # of one look; with a look a second, the last five minutes or so
-        share = (seen.reduced_chunks - memory.reduced_chunks) / chunks
-        memory = replace(
-            memory,
-            chunks=seen.chunks,
-            reduced_chunks=seen.reduced_chunks,
-            reduced_share=(1 - weight) * memory.reduced_share + weight * share,
-        )
     return memory
 
 
@@ -153,15 +143,16 @@ def _size_fleet(
 ) -> Memory:
     profile, delay_s = view.profile, view.provision_s
     scale = memory.scale
-    if config.volatility and now_s - scale.refined_s >= REFINE_EVERY_S:
-        share = memory.reduced_share if view.steps_floor is not None else None
-        scale = refine(scale, memory.demand, delay_s, float(profile.capacity), share, now_s)
-    expected = forecast(memory.demand, sv.active, delay_s if config.forecast else 0.0)
+    by_steps = config.brownout and view.steps_floor is not None and view.steps_floor < profile.denoise_steps
+    if config.volatility and by_steps and delay_s > 0 and now_s - scale.refined_s >= autoscaling.REFINE_EVERY_S:
+        scale = autoscaling.refine(scale, memory.service.reduced_share / REDUCED_SHARE, now_s)
+    expected = forecast(memory.demand, sv.active, delay_s, memory.period_s if config.forecast else math.inf)
     sigma = expected.sigma * scale.sigma_scale
     volatility = sigma / max(1.0, expected.mean)
     level = level_of(volatility if config.volatility else 0.0)
-    price = level.price * (scale.price_factor if config.volatility else 1.0)
-    target = target_workers(expected.mean, sigma, float(profile.capacity), price, autoscaling.rho_for(level, delay_s))
+    rho = autoscaling.rho_for(level, delay_s)
+    price = level.price if by_steps else level.price * FULL_STEPS_PRICE
+    target = target_workers(expected.mean, sigma, float(profile.capacity), price, rho)
     unit = profile.provision_unit_workers
     target = min(view.workers_max, max(view.workers_min, -(-target // unit) * unit))
     hold_s = autoscaling.hold_s(delay_s)

@@ -153,6 +153,14 @@ class Batches:
             self.view.sessions.next_deadline_s[row] += count * self.profile.chunk_s
         return count
 
+    def release_of(self, row: int, ordinal: int) -> int:
+        """When chunk `ordinal` of the session's present period is released; in closed pace, for a chunk that never
+        begins, the period's start."""
+        active_us = int(self.session[row, ACTIVE_US])
+        if self.settings[S_CLOSED]:
+            return active_us
+        return active_us + max(0, ordinal - 1) * int(self.settings[S_CHUNK])
+
     def attach(self, row: int, worker: int, now_us: int) -> None:
         """The session can run on `worker` from now on."""
         s = self.session[row]

@@ -9,7 +9,7 @@ never bent.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -45,7 +45,7 @@ from turboserve.orchestrator.view import (
     add_session,
     add_worker,
 )
-from turboserve.sim.batches import HOLD, INDEX, PASSES, PERIOD, RUNNING, WORKER, Batches
+from turboserve.sim.batches import DONE, HOLD, INDEX, PASSES, PERIOD, RUNNING, WORKER, Batches
 from turboserve.sim.events import TRANSFER_END, US, WORKER_READY, Timers, up_us
 
 
@@ -58,12 +58,23 @@ class Bill:
     release_us: int | None = None
 
 
+class ShedChunk(NamedTuple):
+    """A chunk given up: when it was, and when it was (or would have been) released."""
+
+    session: str
+    index: int
+    period: int
+    time_us: int
+    reason: str
+    release_us: int
+
+
 @dataclass(slots=True)
 class Log:
     """What happened, for the files of the run."""
 
     decisions: list[dict[str, Any]] = field(default_factory=list)
-    shed: list[tuple[str, int, int, int, str]] = field(default_factory=list)
+    shed: list[ShedChunk] = field(default_factory=list)
     bills: list[Bill] = field(default_factory=list)
     worker_names: list[str] = field(default_factory=list)
     dropped_actions: dict[str, int] = field(default_factory=dict)
@@ -315,9 +326,11 @@ class SimCluster:
             return False
         k = self.batches.session[row]
         first, period = int(k[INDEX]), int(k[PERIOD])
+        done = int(k[DONE])
         dropped = self.batches.drop_chunks(row, a.chunks if a.chunks is not None else 1 << 40, now_us)
         for i in range(dropped):
-            self.log.shed.append((a.session, first + i, period, now_us, a.reason))
+            release_us = self.batches.release_of(row, done + i)
+            self.log.shed.append(ShedChunk(a.session, first + i, period, now_us, a.reason, release_us))
         if s.next_deadline_s[row] == np.inf:
             self.ended_by_shedding.append(row)
         return True

@@ -52,8 +52,8 @@ def write_run(run: Run, report: dict[str, Any], out: str | Path) -> None:
     with (out / "shed.csv").open("w", newline="") as f:
         rows = csv.writer(f, lineterminator="\n")
         rows.writerow(["session_id", "index", "period", "time_s", "reason"])
-        for session, index, period, time_us, reason in run.log.shed:
-            rows.writerow([session, index, period, f"{time_us / 1e6:.6f}", reason])
+        for x in run.log.shed:
+            rows.writerow([x.session, x.index, x.period, f"{x.time_us / 1e6:.6f}", x.reason])
     write_report(report, out)
     (out / "timing.json").write_text(json.dumps(timing(run), indent=1) + "\n")
 

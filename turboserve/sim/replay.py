@@ -17,7 +17,7 @@ import numpy.typing as npt
 from turboserve.errors import ConfigError
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.orchestrator.view import GONE, READY, ClusterView, make_view
-from turboserve.sim.batches import PERIOD_OVER, T_LATE, T_REDUCED, T_ROWS, Batches
+from turboserve.sim.batches import PERIOD_OVER, R_FINISH, T_LATE, T_REDUCED, T_ROWS, Batches
 from turboserve.sim.cluster import Log, SimCluster
 from turboserve.sim.events import NEVER_US, TRANSFER_END, US, WAKE, WORKER_LOST, WORKER_READY, Timers, to_us, up_us
 from turboserve.sim.policies.base import Policy
@@ -161,7 +161,10 @@ class _Replay:
                 at += 1
             if changed:
                 self._decide(now)
-        end_us = max(self.trace.horizon_us, now)
+        rows = self.batches.rows[: self.batches.totals[T_ROWS]]
+        # A transfer may still be under way when the last chunk has been delivered; nobody pays for that.
+        last_us = max(int(rows[:, R_FINISH].max(initial=0)), max((x.time_us for x in self.cluster.log.shed), default=0))
+        end_us = max(self.trace.horizon_us, last_us)
         for bill in self.cluster.log.bills:
             if bill.release_us is None:
                 bill.release_us = end_us
@@ -172,7 +175,7 @@ class _Replay:
             policy=self.policy.name,
             settings=self.settings,
             end_us=end_us,
-            rows=self.batches.rows[: self.batches.totals[T_ROWS]],
+            rows=rows,
             log=self.cluster.log,
             timeline=self.timeline,
             decision_s=self.decision_s,

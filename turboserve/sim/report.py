@@ -111,7 +111,7 @@ def figures(run: Run, start_us: int, end_us: int) -> dict[str, Any]:
     mine = rows[(rows[:, R_RELEASE] >= start_us) & (rows[:, R_RELEASE] < max(end_us, start_us + 1))]
     if end_us == run.end_us:
         mine = rows[rows[:, R_RELEASE] >= start_us]
-    shed = sum(start_us <= t and (t < end_us or end_us == run.end_us) for _, _, _, t, _ in run.log.shed)
+    shed = sum(start_us <= x.release_us and (x.release_us < end_us or end_us == run.end_us) for x in run.log.shed)
     delivered = len(mine)
     if run.settings.pace == "closed":
         on_time = int((mine[:, R_FINISH] - mine[:, R_START] <= to_us(profile.chunk_target_s) + TOLERANCE_US).sum())
@@ -150,9 +150,8 @@ def figures(run: Run, start_us: int, end_us: int) -> dict[str, Any]:
 
 
 def worker_hours(run: Run, start_us: int, end_us: int) -> float:
-    """Billed time inside [start_us, end_us], hours. The last release may come after the end (release_s)."""
-    last = max(end_us, max((b.release_us or 0 for b in run.log.bills), default=0)) if end_us == run.end_us else end_us
-    total = sum(max(0, min(b.release_us or end_us, last) - max(b.request_us, start_us)) for b in run.log.bills)
+    """Billed time inside [start_us, end_us], hours. The bill ends with the run, whenever a last release comes."""
+    total = sum(max(0, min(b.release_us or end_us, end_us) - max(b.request_us, start_us)) for b in run.log.bills)
     return total / US / 3600
 
 

@@ -9,7 +9,7 @@ never bent.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -58,7 +58,8 @@ class Bill:
     release_us: int | None = None
 
 
-class ShedChunk(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ShedChunk:
     """A chunk given up: when it was, and when it was (or would have been) released."""
 
     session: str

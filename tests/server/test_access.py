@@ -20,6 +20,7 @@ BODIES = {
     "/v1/sessions": {"prompt": "a red circle"},
     "/v1/videos": {"prompt": "a red circle", "seconds": "0.04"},
     "/v1/admin/workers": {"add": 1},
+    "/v1/admin/workers/{worker_id}/profile": {"chunks": 2},
     "/v1/admin/sessions/{session_id}/migrate": {"target": "w1"},
 }
 """What a route needs to get as far as its own work; other routes need no body."""

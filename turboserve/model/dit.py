@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from turboserve.kernels.packed import Kernels, LevelTable, PackedSegment, Rotation, kernels_for
 from turboserve.kernels.packed_torch import TorchKernels, rotate
 from turboserve.model.rotary import RopeMode
+from turboserve.ranges import span
 
 
 @dataclass(frozen=True)
@@ -280,8 +281,10 @@ class CausalVideoTransformer(nn.Module):
         for layer, block in enumerate(self.layers):
             attention = block.self_attn
             q, k, v = attention.q(y), attention.k(y), attention.v(y)
-            q = work.append(q, k, v, attention.norm_q.weight, attention.norm_k.weight, layer)
-            y = attention.o(work.attend_slots(q, layer))
+            with span("attention"):
+                q = work.append(q, k, v, attention.norm_q.weight, attention.norm_k.weight, layer)
+                y = work.attend_slots(q, layer)
+            y = attention.o(y)
             x, y = work.residual_affine(x, y, m[2], block.norm3.weight, block.norm3.bias)
             attention = block.cross_attn
             q = work.text_query(attention.q(y), attention.norm_q.weight)

@@ -25,6 +25,7 @@ from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.orchestrator.plan import Plan
 from turboserve.orchestrator.scheduler import Memory, TickConfig, tick
 from turboserve.orchestrator.view import ClusterView
+from turboserve.ranges import span
 from turboserve.runtime import channel, lifeline, logs
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import (
@@ -74,7 +75,8 @@ LIVE_TICK = TickConfig()
 
 def decide(view: ClusterView, memory: Memory, now_s: float) -> tuple[Plan, Memory]:
     """The simulator's tick."""
-    return tick(view, memory, now_s, LIVE_TICK)
+    with span("tick"):
+        return tick(view, memory, now_s, LIVE_TICK)
 
 
 class ControlLoop:

@@ -21,6 +21,7 @@ from turboserve.runtime import messages as m
 from turboserve.session import SessionRecord, SessionState, public_state
 
 OPS_KEPT = 4096
+PROFILING_MAX = 64
 DECISIONS_KEPT = 100
 GATEWAY = "gateway"
 LAUNCHER = "launcher"
@@ -231,6 +232,7 @@ class ControllerBooks:
         self._free_worker_rows: list[int] = []
         self._tenants: dict[str, int] = {}
         self._ops: OrderedDict[int, m.OpDone] = OrderedDict()
+        self._profiling: dict[int, str] = {}  # op_id -> the worker that is to answer it
         self._out: list[Effect] = []
 
     def _held_by(self, worker_id: str) -> list[Live]:

@@ -22,6 +22,7 @@ from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import (
     DECISIONS_KEPT,
     GATEWAY,
+    PROFILING_MAX,
     Drop,
     DropPoints,
     Effect,
@@ -234,7 +235,7 @@ class ControllerLogic(ControllerFleet):
         live = self.sessions.get(asked.session_id)
         if asked.kind in ("migrate", "suspend", "resume") and live is None:
             self._answer(asked.op_id, code="not_found", message="no such session on any worker")
-        elif asked.kind in ("drain", "kill_worker") and asked.worker_id not in self.workers:
+        elif asked.kind in ("drain", "kill_worker", "profile") and asked.worker_id not in self.workers:
             self._answer(asked.op_id, code="not_found", message=f"no worker {asked.worker_id!r}")
         elif asked.kind == "drain":
             self._drain(asked.worker_id, "asked by an operator", now_s)
@@ -249,6 +250,12 @@ class ControllerLogic(ControllerFleet):
             self._note(now_s, "kill", worker=asked.worker_id, reason="asked by an operator")
             self._wish("kill", asked.worker_id)
             self._answer(asked.op_id, state="killed", message=f"{asked.worker_id} gets SIGKILL")
+        elif asked.kind == "profile":
+            self._profiling[asked.op_id] = asked.worker_id
+            if len(self._profiling) > PROFILING_MAX:
+                del self._profiling[next(iter(self._profiling))]
+            wish = m.ProfileWorker(worker_id=asked.worker_id, op_id=asked.op_id, chunks=max(1, min(asked.count, 1000)))
+            self._out.append(Send(asked.worker_id, wish))
         elif asked.kind == "add_workers":
             self._admin_add(asked, now_s)
         elif live is not None and asked.kind == "migrate":
@@ -267,6 +274,16 @@ class ControllerLogic(ControllerFleet):
             self._answer_state(asked.op_id, live)
         else:
             self._answer(asked.op_id, code="conflict", message=f"this fleet cannot {asked.kind}")
+
+    def _on_WorkerProfiling(self, source: str, told: m.WorkerProfiling, now_s: float) -> None:
+        if self._profiling.get(told.op_id) != source:
+            return  # nobody asked that worker
+        del self._profiling[told.op_id]
+        if told.code:
+            self._answer(told.op_id, code=told.code, message=told.message)
+        else:
+            self._note(now_s, "profile", worker=source, reason="asked by an operator")
+            self._answer(told.op_id, state="capturing", message=told.path)
 
     def _answer_not_now(self, op_id: int, live: Live) -> None:
         message = f"the session is {live.record.state.value}; expected running or stalled on a worker"

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
+from turboserve import ranges
 from turboserve.digest import next_digest
 from turboserve.errors import SessionPoisoned, TurboServeError
 from turboserve.model.interface import (
@@ -41,13 +43,13 @@ from turboserve.runtime.engine_sessions import EngineSessions
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.pass_timer import PassTimer
-from turboserve.runtime.ranges import span
 from turboserve.runtime.session_tensors import ChunkWork, HeldSession
 from turboserve.runtime.worker_events import BrokenSession, FinishedChunk, PassEvent
 
 if TYPE_CHECKING:
     from turboserve.runtime.session_points import SessionPoints
 
+_RANGE_OF = {PassKind.DENOISE: "denoise", PassKind.CONTEXT: "context pass", PassKind.RECACHE: "recache"}
 Emit: TypeAlias = Callable[[PassEvent], None]
 PREPARE_WAIT_S = 0.002
 """Pause of a pass that finds only sessions whose model still prepares their chunk."""
@@ -92,7 +94,8 @@ class Engine(EngineSessions):
                 time.sleep(PREPARE_WAIT_S)
             return
         started_s = self._clock()
-        chosen, batch = form_batch(working, started_s, self.cost, self.model.spec.chunk_s)
+        with ranges.span("batch"):
+            chosen, batch = form_batch(working, started_s, self.cost, self.model.spec.chunk_s)
         for session in chosen:
             assert session.work is not None
             session.work.batch_sizes.append(len(chosen))
@@ -101,7 +104,7 @@ class Engine(EngineSessions):
         self.stats.passes += 1
         self.stats.segments += len(chosen)
         self.stats.tokens += batch.tokens
-        with span("pass"), torch.inference_mode():
+        with ranges.span("pass"), torch.inference_mode():
             results = self._forward(batch)
             for session, result in zip(chosen, results, strict=True):
                 self._take(session, result, emit)
@@ -130,7 +133,7 @@ class Engine(EngineSessions):
     def _forward(self, batch: PackedBatch) -> list[torch.Tensor | Exception]:
         """Rows of each segment, or what it raised when it ran alone."""
         try:
-            with self._timer.measure(len(batch.segments), batch.tokens):
+            with _segment_ranges(batch), self._timer.measure(len(batch.segments), batch.tokens):
                 rows = self.model.forward(batch)
         except Exception as error:
             if is_fatal(error):
@@ -170,7 +173,7 @@ class Engine(EngineSessions):
     def _decode(self, session: HeldSession, work: ChunkWork) -> FinishedChunk:
         """Latents to frames, once per chunk and per session: the codec sees one session at a time, at one shape."""
         before_s = self._clock()
-        with span("decode"):
+        with ranges.span("decode", session.session_id, work.request.chunk_index):
             # Row-major from here on: the digest and the frame ring both take the bytes as they lie.
             frames = np.ascontiguousarray(self.model.decode(session.state, work.request.chunk_index))
         after_s = self._clock()
@@ -211,6 +214,13 @@ class Engine(EngineSessions):
         self.stats.broken += 1
         code = error.code if isinstance(error, TurboServeError) else SessionPoisoned.code
         emit(BrokenSession(session_id=session.session_id, chunk_index=chunk_index, code=code, message=session.fault))
+
+
+def _segment_ranges(batch: PackedBatch) -> AbstractContextManager[Any]:
+    """What the pass does for each session, on the profiler's time line."""
+    if not ranges.listening():
+        return ranges.span("")
+    return ranges.spans((_RANGE_OF[one.kind], one.state.session_id, one.chunk_index) for one in batch.segments)
 
 
 def is_fatal(error: Exception) -> bool:

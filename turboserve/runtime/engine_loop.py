@@ -13,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from turboserve.errors import NotFound, SessionPoisoned, TurboServeError, WorkerError
+from turboserve.errors import NotFound, NotOffered, SessionPoisoned, TurboServeError, WorkerError
 from turboserve.runtime import worker_events as e
 from turboserve.runtime.engine import Engine, is_fatal
 from turboserve.runtime.failpoints import failpoint
+from turboserve.runtime.profile_window import ProfileWindow
 from turboserve.runtime.worker_config import EXIT_DEVICE_LOST
 
 log = logging.getLogger(__name__)
@@ -41,8 +44,13 @@ class Quit:
 class EngineLoop:
     """One engine and its queue. `put` is for any thread, `run` for the one that owns the device."""
 
-    def __init__(self, engine: Engine, post: Callable[[e.EngineEvent, int], None]) -> None:
+    def __init__(
+        self, engine: Engine, post: Callable[[e.EngineEvent, int], None], profile_dir: Path | None = None
+    ) -> None:
         self._engine = engine
+        self._window = ProfileWindow(engine.pool.device)
+        self._profile_dir = profile_dir
+        self._profile_op = -1
         self._post = post
         self._commands: queue.Queue[e.EngineCommand | Quit] = queue.Queue(COMMANDS_MAX)
         self._epochs: dict[str, int] = {}
@@ -73,10 +81,14 @@ class EngineLoop:
                 self._obey(command)
             else:
                 self._engine.run_pass_into(self._post_event)
+                if self._window.is_due:
+                    log.info("profile of %s saved", self._window.close())
             if self._stops:
                 self._stop_those_at_a_boundary()
 
     def _post_event(self, event: e.PassEvent) -> None:
+        if self._window.is_open and isinstance(event, e.FinishedChunk):
+            self._window.saw_chunk()
         self._post(event, self._epochs[event.session_id])
 
     def _next(self, *, block: bool) -> e.EngineCommand | Quit | None:
@@ -88,6 +100,8 @@ class EngineLoop:
     def _obey(self, command: e.EngineCommand) -> None:
         if isinstance(command, e.Hold):
             self._held = command.hold
+        elif isinstance(command, e.Profile):
+            self._post(self._profile(command), NO_EPOCH)
         elif isinstance(command, e.Open):
             self._open(command)
         elif isinstance(command, e.Prepare):
@@ -112,6 +126,21 @@ class EngineLoop:
         del self._epochs[session_id]
         self._stops.pop(session_id, None)
         self._engine.close(session_id)
+
+    def _profile(self, command: e.Profile) -> e.Profiling:
+        """Open a capture window; asked again under the same number, say again where it writes."""
+        if command.op_id == self._profile_op:
+            return e.Profiling(command.op_id, str(self._window.path))
+        if self._profile_dir is None:
+            return e.Profiling(command.op_id, code=NotOffered.code, message="this worker has no folder for traces")
+        try:
+            self._window.open(
+                self._profile_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-{command.op_id}.json", command.chunks
+            )
+        except TurboServeError as error:
+            return e.Profiling(command.op_id, code=error.code, message=str(error))
+        self._profile_op = command.op_id
+        return e.Profiling(command.op_id, str(self._window.path))
 
     # ------------------------------------------------------------------ coming
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from turboserve.errors import ArenaFull, Conflict, NotFound, NotOffered, SessionPoisoned
 from turboserve.model.interface import ChunkRequest, Control, SessionTensors, StreamingModel
+from turboserve.ranges import span
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.session_tensors import HeldSession, QueuedChunk, hold_session
@@ -98,7 +99,8 @@ class EngineSessions:
         try:
             slot = self.pool.held[session_id]
             state = SessionTensors(session_id=session_id, seed=seed, slot=slot, tensors=self.pool.tensors(session_id))
-            restored = self.points.read(state, loaded)
+            with span("restore", session_id):
+                restored = self.points.read(state, loaded)
         except BaseException:
             self.pool.release(session_id)
             raise
@@ -137,7 +139,8 @@ class EngineSessions:
         failpoint("worker.prepare.slot")
         try:
             tensors = self.pool.tensors(session_id)
-            loaded = {} if self.points is None else self.points.read_pages(session_id, tensors)
+            with span("migrate", session_id):
+                loaded = {} if self.points is None else self.points.read_pages(session_id, tensors)
         except BaseException:
             self.pool.release(session_id)
             raise
@@ -173,7 +176,8 @@ class EngineSessions:
 
     def _save(self, session: HeldSession, points: SessionPoints) -> int:
         started_s = self._clock()
-        point = points.write(session, session.epoch)
+        with span("offload", session.session_id, session.state.next_chunk_index):
+            point = points.write(session, session.epoch)
         session.point_chunk = point.chunk
         self.stats.points += 1
         self.stats.point_s += self._clock() - started_s

@@ -176,6 +176,15 @@ class WorkerLeaving(Message, frozen=True, kw_only=True):
     worker_epoch: Count
 
 
+class WorkerProfiling(Message, frozen=True, kw_only=True):
+    """The worker records and will write `path`, on its own node; with a `code` it does not, and `message` says why."""
+
+    op_id: Count
+    path: str = ""
+    code: ShortText = ""
+    message: str = ""
+
+
 # ---------------------------------------------------------------- controller -> worker
 
 
@@ -266,6 +275,14 @@ class StopWorker(Message, frozen=True, kw_only=True):
 
 
 # ---------------------------------------------------------------- gateway -> worker
+
+
+class ProfileWorker(Message, frozen=True, kw_only=True):
+    """Record the next `chunks` chunks with torch.profiler; answered by WorkerProfiling with the same `op_id`."""
+
+    worker_id: ShortText
+    op_id: Count
+    chunks: Annotated[int, msgspec.Meta(ge=1, le=1000)]
 
 
 class Credit(Message, frozen=True, kw_only=True):
@@ -509,6 +526,7 @@ AnyMessage = (
     | SessionReleased
     | SessionBroken
     | WorkerLeaving
+    | WorkerProfiling
     | Lease
     | OpenSession
     | SuspendSession
@@ -518,6 +536,7 @@ AnyMessage = (
     | CloseSession
     | DrainWorker
     | StopWorker
+    | ProfileWorker
     | Credit
     | ChunkAccepted
     | ChunkReady

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from turboserve.errors import TurboServeError
@@ -159,7 +160,8 @@ def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
             point_s=stats.point_s,
         )
 
-    engine_loop = EngineLoop(engine, lambda event, epoch: io.post_soon(event, epoch))
+    traces = Path(config.profile_dir) / config.worker_id if config.profile_dir else None
+    engine_loop = EngineLoop(engine, lambda event, epoch: io.post_soon(event, epoch), traces)
     io = WorkerIO(
         config,
         logic,

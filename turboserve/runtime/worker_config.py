@@ -32,7 +32,7 @@ class WorkerConfig:
     `paced_profile` is the path of a latency profile that every pass is padded to by sleep. `ring_fd` is an inherited
     frame ring; -1 lets the worker make its own of `ring_bytes`. `arena_fd` is the node's arena, of which partition
     `arena_partition` is this worker's; -1: sessions leave no recovery points. `recovery_every_chunks` is how often they
-    do; 0 takes what the model declares.
+    do; 0 takes what the model declares. `profile_dir` is where traces of capture windows go; empty: there are none.
     """
 
     worker_id: str
@@ -60,6 +60,7 @@ class WorkerConfig:
     heartbeat_s: float = 0.5
     shutdown_timeout_s: float = 10.0
     paced_profile: str = ""
+    profile_dir: str = ""
     calibrate: bool = True
     log_format: str = "console"
     log_level: str = "info"

@@ -115,8 +115,20 @@ class Closed:
     session_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Profiling:
+    """The answer to Profile: the trace will be at `path`, or `code` and `message` say why not."""
+
+    op_id: int
+    path: str = ""
+    code: str = ""
+    message: str = ""
+
+
 PassEvent: TypeAlias = FinishedChunk | BrokenSession
-EngineEvent: TypeAlias = PassEvent | Opened | OpenFailed | Stopped | StopFailed | Prepared | PrepareFailed | Closed
+EngineEvent: TypeAlias = (
+    PassEvent | Opened | OpenFailed | Stopped | StopFailed | Prepared | PrepareFailed | Closed | Profiling
+)
 
 # ---------------------------------------------------------------- logic -> engine
 
@@ -184,4 +196,12 @@ class Hold:
     hold: bool
 
 
-EngineCommand: TypeAlias = Open | Begin | Close | Stop | Prepare | DropPrepared | Hold
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Record the next `chunks` chunks; answered by Profiling at once."""
+
+    op_id: int
+    chunks: int
+
+
+EngineCommand: TypeAlias = Open | Begin | Close | Stop | Prepare | DropPrepared | Hold | Profile

@@ -122,6 +122,11 @@ class WorkerLogic(WorkerMoves):
         if isinstance(event, e.Prepared | e.PrepareFailed):
             self._on_prepare_event(event)
             return self._flush()
+        if isinstance(event, e.Profiling):
+            self._tell(
+                m.WorkerProfiling(op_id=event.op_id, path=event.path, code=event.code, message=event.message[:1024])
+            )
+            return self._flush()
         session = self.sessions.get(event.session_id)
         if session is None or not session.since_epoch <= epoch <= session.epoch:
             return self._flush()  # closed or replaced while the engine was at it
@@ -311,6 +316,10 @@ class WorkerLogic(WorkerMoves):
         if asked.worker_id == self.hello.worker_id:
             self._out.append(Stop(asked.reason or "told to stop"))
 
+    def _on_profile(self, asked: m.ProfileWorker, now_s: float) -> None:
+        if asked.worker_id == self.hello.worker_id:
+            self._out.append(e.Profile(asked.op_id, asked.chunks))
+
     def _on_failure(self, failure: m.Failure, now_s: float) -> None:
         self._out.append(Stop(f"refused by a peer: {failure.code}: {failure.message}", code=1))
 
@@ -334,6 +343,7 @@ _HANDLERS: dict[tuple[str, type[m.Message]], Callable[[WorkerLogic, Any, float],
     (CONTROLLER, m.CloseSession): WorkerLogic._on_close,
     (CONTROLLER, m.DrainWorker): WorkerLogic._on_drain,
     (CONTROLLER, m.StopWorker): WorkerLogic._on_stop,
+    (CONTROLLER, m.ProfileWorker): WorkerLogic._on_profile,
     (CONTROLLER, m.Failure): WorkerLogic._on_failure,
     (GATEWAY, m.Credit): WorkerLogic._on_credit,
     (GATEWAY, m.ChunkAccepted): WorkerLogic._on_accepted,

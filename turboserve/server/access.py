@@ -44,6 +44,7 @@ TABLE: dict[tuple[str, str], Access] = {
     ("POST", "/v1/admin/workers"): Access.ADMIN,
     ("POST", "/v1/admin/workers/{worker_id}/drain"): Access.ADMIN,
     ("POST", "/v1/admin/workers/{worker_id}/kill"): Access.ADMIN,
+    ("POST", "/v1/admin/workers/{worker_id}/profile"): Access.ADMIN,
     ("POST", "/v1/admin/sessions/{session_id}/resume"): Access.ADMIN,
     ("GET", "/v1/admin/history"): Access.ADMIN,
 }

@@ -57,6 +57,10 @@ class AddWorkersBody(Body):
     add: StrictInt = Field(ge=1, le=64)
 
 
+class ProfileBody(Body):
+    chunks: StrictInt = Field(default=20, ge=1, le=1000)
+
+
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 

@@ -251,6 +251,7 @@ class Fleet:
                 arena_partition=partition if has_arena else 0,
                 parent_fd=self._launcher.parent_fd,
                 shutdown_timeout_s=options.shutdown_timeout,
+                profile_dir=str(options.data_dir / "profiles"),
                 log_format=options.log_format,
                 log_level=options.log_level,
             )

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from turboserve import metrics as metrics_module
 from turboserve.errors import Forbidden, InvalidRequest, NotFound
-from turboserve.server.bodies import AddWorkersBody, MigrateBody, json_schema, read_body
+from turboserve.server.bodies import AddWorkersBody, MigrateBody, ProfileBody, json_schema, read_body
 from turboserve.server.gateway import Gateway
 from turboserve.server.gateway_config import LOOPBACK
 from turboserve.server.history import SECONDS_KEPT
@@ -103,6 +103,16 @@ async def kill(worker_id: str, request: Request) -> dict[str, Any]:
         )
     done = await gateway.command("kill_worker", worker_id=check_worker(worker_id))
     return {"id": worker_id, "state": done.state, "message": done.message}
+
+
+@router.post("/v1/admin/workers/{worker_id}/profile", openapi_extra=json_schema(ProfileBody))
+async def profile(worker_id: str, request: Request) -> dict[str, Any]:
+    """Record the worker's next chunks with torch.profiler. The answer says where the trace will be when they are made:
+    in the data folder of the worker's machine."""
+    gateway: Gateway = request.app.state.gateway
+    body = await read_body(request, ProfileBody)
+    done = await gateway.command("profile", worker_id=check_worker(worker_id), count=body.chunks)
+    return {"id": worker_id, "state": done.state, "chunks": body.chunks, "path": done.message}
 
 
 def check_worker(worker_id: str) -> str:

@@ -82,7 +82,7 @@ py::list headers(HeldTable& self, const std::optional<py::bytes>& session) {
   return found;
 }
 
-std::shared_ptr<CopyBatch> submit(CopyEngine& self, const py::object& copies, std::uintptr_t after) {
+std::vector<CopyJob> jobs_of(const py::object& copies) {
   const BufferView view(copies, false);
   if (view.bytes() % (3 * sizeof(std::uint64_t)) != 0) throw py::value_error("copies are rows of three 64-bit numbers");
   std::vector<CopyJob> jobs(view.bytes() / (3 * sizeof(std::uint64_t)));
@@ -93,7 +93,11 @@ std::shared_ptr<CopyBatch> submit(CopyEngine& self, const py::object& copies, st
     words += sizeof row;
     job = {reinterpret_cast<void*>(row[0]), reinterpret_cast<const void*>(row[1]), row[2]};
   }
-  return self.submit(std::move(jobs), reinterpret_cast<CudaStream>(after));
+  return jobs;
+}
+
+std::shared_ptr<CopyBatch> submit(CopyEngine& self, const py::object& copies, std::uintptr_t after) {
+  return self.submit(jobs_of(copies), reinterpret_cast<CudaStream>(after));
 }
 
 }  // namespace
@@ -138,6 +142,14 @@ void bind_state(py::module_& module) {
       .def("close", &CopyEngine::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("batched", &CopyEngine::batched);
 
+  module.def(
+      "copy_now",
+      [](const py::object& copies) {
+        const auto jobs = jobs_of(copies);
+        const py::gil_scoped_release released;
+        copy_now(jobs);
+      },
+      py::arg("copies"));
   module.def(
       "touch_pages",
       [](const py::object& memory, unsigned threads) {

@@ -32,6 +32,10 @@ struct EventHolder {
 
 }  // namespace
 
+void copy_now(const std::vector<CopyJob>& jobs) {
+  for (const CopyJob& job : jobs) std::memcpy(job.target, job.source, job.bytes);
+}
+
 bool CopyBatch::done() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!error_.empty()) throw RingError("WorkerError", error_);
@@ -43,15 +47,21 @@ bool CopyBatch::wait(double timeout_s, std::uint64_t copies) const {
   std::unique_lock<std::mutex> lock(mutex_);
   // A time of day far ahead overflows the clock; a year is for ever here.
   const auto limit = std::chrono::duration<double>(std::min(std::max(timeout_s, 0.0), 3e7));
-  const bool landed = changed_.wait_for(lock, limit, [&] { return copied() >= wanted || !error_.empty(); });
+  const bool landed = changed_.wait_for(lock, limit, [&] {
+    awaited_.store(std::min(awaited_.load(), wanted));
+    return copied_.load() >= wanted || !error_.empty();
+  });
   if (!error_.empty()) throw RingError("WorkerError", error_);
   return landed;
 }
 
+// Wakes only a waiter whose copies have landed: a wake for each of many small copies costs more than the copies. Both
+// sides store first and read then, in one order for all (seq_cst), so one of the two sees the other.
 void CopyBatch::advance(std::uint64_t copied) {
-  // Under the lock, or a waiter could miss the last one between its look and its sleep.
+  copied_.store(copied);
+  if (copied < awaited_.load()) return;
   const std::lock_guard<std::mutex> lock(mutex_);
-  copied_.store(copied, std::memory_order_release);
+  awaited_.store(kNobodyWaits);
   changed_.notify_all();
 }
 

@@ -23,6 +23,9 @@ struct CopyJob {
   std::uint64_t bytes;
 };
 
+// Runs the copies in the calling thread.
+void copy_now(const std::vector<CopyJob>& jobs);
+
 // One submitted batch. `copied` counts from the front.
 class CopyBatch {
  public:
@@ -39,11 +42,13 @@ class CopyBatch {
   void advance(std::uint64_t copied);
   void fail(const std::string& why);
 
+  static constexpr std::uint64_t kNobodyWaits = ~std::uint64_t{0};
   const std::vector<CopyJob> jobs_;
   CudaEvent after_ = nullptr;
   std::atomic<std::uint64_t> copied_{0};
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
+  mutable std::atomic<std::uint64_t> awaited_{kNobodyWaits};  // the fewest copies that a waiter wants
   std::string error_;
 };
 

@@ -14,6 +14,8 @@ BENCHES: dict[str, str] = {
     "coalescing": "Many sessions in shared passes, against one at a time.",
     "frame-ring": "Chunks from worker to gateway: shared memory against pickles.",
     "kernels": "The kernels: how fast on this device; what they compile to, without one.",
+    "migrate": "Session state between two processes: arena and socket, against gloo.",
+    "offload": "Session state into host memory and back, against plain copies.",
     "scheduler-loops": "The scheduler's numba loops, against plain Python.",
     "page": "What a viewer of the page gets, in Chromium.",
     "wan": "The causal Wan transformer: passes and chunks of many sessions.",

@@ -93,6 +93,11 @@ class Channel:
         self._sent += 1
         self._writer.write(_HEADER.pack(len(payload)) + mac + payload)
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of messages that have not left this process."""
+        return self._writer.transport.get_write_buffer_size()
+
     async def receive(self) -> messages.AnyMessage | None:
         """The next message, or None when the peer has closed. ProtocolError on anything that does not verify."""
         try:

@@ -213,6 +213,7 @@ class ControllerBooks:
         self.queue_max = queue_max
         self.queue_age_max_s = queue_age_max_s
         self.workers: dict[str, Worker] = {}
+        self.gateway_hello: m.GatewayHello | None = None
         self.sessions: dict[str, Live] = {}
         self.decisions: deque[dict[str, Any]] = deque(maxlen=DECISIONS_KEPT)
         self.wake_at_s: float | None = None

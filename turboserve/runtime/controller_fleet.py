@@ -65,6 +65,7 @@ class ControllerFleet(ControllerRecovery):
         self._note(now_s, "worker_ready", worker=hello.worker_id, reason=f"{hello.device}, {hello.slot_count} slots")
         self._out.append(Send(hello.worker_id, m.Lease(lease_s=self.lease_s, worker_epoch=hello.worker_epoch)))
         self._tell_worker(hello.worker_id)
+        self._tell_where_the_gateway_is(hello.worker_id)
         for session_id, move_id in self.old_moves.pop(hello.worker_id, ()):
             self._send_drop(hello.worker_id, session_id, move_id)
         for live in self._held_by(hello.worker_id):
@@ -72,6 +73,12 @@ class ControllerFleet(ControllerRecovery):
         if self.stopping:
             self._stop_if_empty(hello.worker_id)
         self._tick(now_s)
+
+    def _tell_where_the_gateway_is(self, worker_id: str) -> None:
+        """A worker that joined knows the controller's address alone."""
+        gateway = self.gateway_hello
+        if gateway is not None and self.workers[worker_id].hello.ring_fd < 0:
+            self._out.append(Send(worker_id, m.GatewayAt(host=gateway.data_host, port=gateway.data_port)))
 
     def _node(self, name: str) -> int:
         return self._nodes.setdefault(name, len(self._nodes))

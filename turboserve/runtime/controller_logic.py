@@ -112,8 +112,10 @@ class ControllerLogic(ControllerFleet):
     # ------------------------------------------------------------------ gateway
 
     def _on_GatewayHello(self, source: str, hello: m.GatewayHello, now_s: float) -> None:
+        self.gateway_hello = hello
         for worker_id in self.workers:
             self._tell_worker(worker_id)
+            self._tell_where_the_gateway_is(worker_id)
         for live in self.sessions.values():
             if live.adopt_by_s is not None:
                 continue  # not known yet whether its worker still has it: the gateway goes on as it was

@@ -23,6 +23,8 @@ from turboserve.errors import ProtocolError
 
 PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 20
+PART_BYTES = 512 << 10
+"""Most bytes of frames in one FramePart."""
 
 SessionId = Annotated[str, msgspec.Meta(pattern="^[a-z0-9]{26}$")]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
@@ -57,7 +59,10 @@ class WorkerHello(Message, frozen=True, kw_only=True):
     session_bytes: Count = 0
     layout_hash: ShortText = ""
     ring_fd: int = -1
-    """The frame ring's file descriptor in the worker process; the gateway opens /proc/PID/fd/N (same node)."""
+    """The frame ring's file descriptor in the worker process; the gateway opens /proc/PID/fd/N (same node). -1: the
+    worker joined from elsewhere, and its frames come over its data channel (FramePart)."""
+    address: ShortText = ""
+    """Under which the node of a worker that joined is reached by others (`--advertise`)."""
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -193,6 +198,13 @@ class Lease(Message, frozen=True, kw_only=True):
 
     lease_s: Seconds
     worker_epoch: Count
+
+
+class GatewayAt(Message, frozen=True, kw_only=True):
+    """To a worker that joined: where its data channel goes. Said at its hello and at each gateway's."""
+
+    host: ShortText
+    port: Count
 
 
 class OpenSession(Message, frozen=True, kw_only=True):
@@ -334,6 +346,20 @@ class ChunkReady(Message, frozen=True, kw_only=True):
     batch_size: float = 1.0
     """Mean number of segments in the passes this chunk took part in."""
     continuity: ShortText = ""
+
+
+class FramePart(Message, frozen=True, kw_only=True):
+    """Some of a chunk's frames, from a worker that shares no memory with the gateway. Parts come in order, and the
+    chunk's ChunkReady after the last; one with offset 0 begins a chunk and gives up what was there of another."""
+
+    session_id: SessionId
+    epoch: Count
+    chunk_index: Count
+    offset: Count
+    frames: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    height: Annotated[int, msgspec.Meta(ge=1, le=16384)]
+    width: Annotated[int, msgspec.Meta(ge=1, le=16384)]
+    data: Annotated[bytes, msgspec.Meta(min_length=1, max_length=PART_BYTES)]
 
 
 class ChunkRefused(Message, frozen=True, kw_only=True):
@@ -528,6 +554,7 @@ AnyMessage = (
     | WorkerLeaving
     | WorkerProfiling
     | Lease
+    | GatewayAt
     | OpenSession
     | SuspendSession
     | PrepareSession
@@ -540,6 +567,7 @@ AnyMessage = (
     | Credit
     | ChunkAccepted
     | ChunkReady
+    | FramePart
     | ChunkRefused
     | GatewayHello
     | CreateSession

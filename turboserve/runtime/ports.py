@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import socket
 from pathlib import Path
 
@@ -85,3 +86,13 @@ def _open_files(process: Path) -> list[str]:
         with contextlib.suppress(OSError):
             found.append(str(link.readlink()))
     return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means this machine itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from turboserve.errors import TurboServeError
 from turboserve.runtime import frame_ring, lifeline, logs
@@ -40,7 +40,7 @@ class Loaded:
 
     engine: Any
     hello: m.WorkerHello
-    producer: frame_ring.FrameProducer
+    producer: frame_ring.FrameProducer | None
 
 
 def load_from_registry(config: WorkerConfig) -> Any:
@@ -100,7 +100,9 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         measured_ms={count: round(1e3 * seconds, 2) for count, seconds in cost.table_s()},
         load_s=round(time.monotonic() - started_s, 2),
     )
-    ring_fd = config.ring_fd if config.ring_fd >= 0 else frame_ring.create(config.ring_bytes)
+    ring_fd = config.ring_fd
+    if ring_fd < 0 and not config.joined:
+        ring_fd = frame_ring.create(config.ring_bytes)
     hello = m.WorkerHello(
         worker_id=config.worker_id,
         worker_epoch=config.worker_epoch,
@@ -117,8 +119,9 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         session_bytes=state_bytes(layout),
         layout_hash=layout_hash(layout),
         ring_fd=ring_fd,
+        address=config.advertise,
     )
-    producer = frame_ring.attach_producer(ring_fd, worker_epoch=config.worker_epoch)
+    producer = None if config.joined else frame_ring.attach_producer(ring_fd, worker_epoch=config.worker_epoch)
     points = None
     if config.arena_fd >= 0:
         arena = Arena.map(config.arena_fd, partition=config.arena_partition, owner_epoch=config.worker_epoch)
@@ -188,6 +191,8 @@ def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
     signalled.setblocking(False)
     signal.set_wakeup_fd(signalled.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
+    if config.joined:
+        signal.signal(signal.SIGINT, lambda *_: None)  # no launcher: Ctrl-C asks to be drained too
     threading.Thread(target=talk, name="talk", daemon=True).start()
     return engine_loop.run()
 
@@ -207,8 +212,13 @@ def main(argv: list[str] | None = None, load_model: Callable[[WorkerConfig], Any
     parser.add_argument("--config-fd", type=int, required=True)
     config = read_config(parser.parse_args(argv).config_fd)
     lifeline.hold_to_parent(config.parent_fd)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading there is nothing to drain
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's; it stops us in order
+    run_worker(config, load_model)
+
+
+def run_worker(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any] = load_from_registry) -> NoReturn:
+    """Be that worker, in this process, until told to stop; ends the process with the worker's exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading there is nothing to drain
     set_process(config.worker_id)
     log = logs.set_up_logs(config.worker_id, log_format=config.log_format, level=config.log_level)
     sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -16,20 +16,26 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from turboserve.errors import AuthFailed, Conflict, Overloaded, ProtocolError
-from turboserve.runtime import channel, frame_ring
+from turboserve.runtime import channel, frame_ring, ports
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
 from turboserve.runtime.failpoints import failpoint
+from turboserve.runtime.frame_parts import PartSender
 from turboserve.runtime.worker_books import CONTROLLER, GATEWAY, Action, Beat, Drop, Emit, Send, Stop
 from turboserve.runtime.worker_config import WorkerConfig
 from turboserve.runtime.worker_logic import WorkerLogic
 
+if TYPE_CHECKING:
+    import numpy as np
+
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
 RING_FULL_RETRY_S = 0.002
+REFUSED_MAX = 5
+"""Handshakes in a row that fail before a worker that joined gives up: a restarted server has a new token."""
 PROGRESS_MAX = 1024
 """Sessions that one heartbeat reports on."""
 _PAGE_BYTES = 4096
@@ -37,6 +43,14 @@ _SAY: dict[type[m.Message], str] = {
     kind: f"worker.say.{kind.__name__}"
     for kind in (m.SessionOpened, m.SessionSuspended, m.SessionPrepared, m.HandedOver, m.SessionReleased)
 }
+
+
+class FrameSink(Protocol):
+    """Where frames go: the ring, or parts on the data channel."""
+
+    def push(self, header: frame_ring.FrameHeader, frames: np.ndarray) -> bool:
+        """False when there is no room now: the same chunk is offered again later."""
+        ...
 
 
 @dataclass(slots=True)
@@ -64,7 +78,7 @@ class WorkerIO:
         self,
         config: WorkerConfig,
         logic: WorkerLogic,
-        producer: frame_ring.FrameProducer,
+        producer: FrameSink | None,
         *,
         command: Callable[[e.EngineCommand], None],
         stop: Callable[[int], None],
@@ -73,7 +87,9 @@ class WorkerIO:
     ) -> None:
         self._config = config
         self._logic = logic
-        self._producer = producer
+        # A worker that shares no memory with the gateway sends frames over its channel.
+        self._producer: FrameSink = producer or PartSender(lambda: self._channels.get(GATEWAY))
+        self._gateway_at = (config.gateway_host, config.gateway_port)
         self._command = command
         self._stop = stop
         self._figures = figures
@@ -104,23 +120,34 @@ class WorkerIO:
         self._loop.add_reader(signals, self._on_signals, signals)
         config, token = self._config, bytes.fromhex(self._config.token)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._keep_connected(CONTROLLER, config.controller_host, config.controller_port, token))
-            tasks.create_task(self._keep_connected(GATEWAY, config.gateway_host, config.gateway_port, token))
+            controller_at = (config.controller_host, config.controller_port)
+            tasks.create_task(self._keep_connected(CONTROLLER, lambda: controller_at, token))
+            tasks.create_task(self._keep_connected(GATEWAY, lambda: self._gateway_at, token))
             tasks.create_task(self._timers())
 
-    async def _keep_connected(self, name: str, host: str, port: int, token: bytes) -> None:
+    async def _keep_connected(self, name: str, address: Callable[[], tuple[str, int]], token: bytes) -> None:
         pause_s = RECONNECT_MIN_S
+        refused = 0
         while True:
+            host, port = address()
+            if port == 0:  # the controller has not said yet where that is
+                await asyncio.sleep(RECONNECT_MIN_S)
+                continue
             try:
                 peer = await channel.connect(host, port, token)
             except (OSError, TimeoutError, ProtocolError) as error:
-                if isinstance(error, AuthFailed):
+                refused = refused + 1 if isinstance(error, AuthFailed) else 0
+                if refused:
                     self._log.error("handshake failed", peer=name, error=str(error))
+                if self._config.joined and refused >= REFUSED_MAX:
+                    self._log.error("giving up: the server has another token; join it again", peer=name)
+                    self._stop(1)
+                    return
                 # Jitter: all workers lose a dead controller in the same instant.
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(2 * pause_s, RECONNECT_MAX_S)
                 continue
-            pause_s = RECONNECT_MIN_S
+            pause_s, refused = RECONNECT_MIN_S, 0
             await self._serve(name, peer)
 
     async def _serve(self, name: str, peer: channel.Channel) -> None:
@@ -129,6 +156,9 @@ class WorkerIO:
         try:
             self._apply(self._logic.on_connect(name, time.monotonic()))
             async for message in peer:
+                if name == CONTROLLER and isinstance(message, m.GatewayAt) and self._config.joined:
+                    self._gateway_is_at(message)
+                    continue
                 self._apply(self._logic.on_message(name, message, time.monotonic()))
         except ProtocolError as error:
             self._log.warning("peer broke the protocol", peer=name, error=str(error))
@@ -137,6 +167,13 @@ class WorkerIO:
             self._log.info("disconnected", peer=name)
             self._apply(self._logic.on_disconnect(name, time.monotonic()))
             await peer.close()
+
+    def _gateway_is_at(self, told: m.GatewayAt) -> None:
+        """A gateway that listens on loopback is on the controller's machine, so by its address from here."""
+        host = self._config.controller_host if ports.is_loopback(told.host) else told.host
+        if (host, told.port) != self._gateway_at:
+            self._gateway_at = (host, told.port)
+            self._close_soon(GATEWAY)
 
     async def _timers(self) -> None:
         while True:
@@ -159,7 +196,7 @@ class WorkerIO:
 
     def _on_signals(self, signals: socket.socket) -> None:
         for number in signals.recv(64):
-            if number == signal.SIGTERM:
+            if number in (signal.SIGTERM, signal.SIGINT):
                 self._apply(self._logic.on_terminate(time.monotonic()))
 
     # ------------------------------------------------------------------ carrying out

@@ -8,7 +8,9 @@ import os
 import socket
 
 from turboserve.errors import AuthFailed, CorruptState, ProtocolError
+from turboserve.model import registry
 from turboserve.runtime import channel, messages
+from turboserve.runtime.frame_parts import PartAssembler
 from turboserve.runtime.frame_ring import FrameConsumer, FrameRecord, attach_consumer
 from turboserve.server.gateway import Gateway
 
@@ -57,6 +59,7 @@ class WorkerListener:
         self._token = token
         self._server: asyncio.Server | None = None
         self._rings: dict[str, FrameConsumer] = {}
+        self._parts: dict[str, PartAssembler] = {}
 
     async def start(self) -> int:
         """Listen; the port."""
@@ -72,13 +75,17 @@ class WorkerListener:
     @property
     def ring_bytes(self) -> int:
         """Frames that workers have written and we have not read."""
-        return sum(ring.used_bytes for ring in self._rings.values())
+        rings = sum(ring.used_bytes for ring in self._rings.values())
+        return rings + sum(parts.held_bytes for parts in self._parts.values())
 
     async def _serve(self, peer: channel.Channel) -> None:
         gateway = self._gateway
         hello = await peer.receive()
         if not isinstance(hello, messages.WorkerHello) or hello.version != messages.PROTOCOL_VERSION:
             peer.send(messages.Failure(code="protocol_error", message="say WorkerHello first, in our version"))
+            return
+        if hello.ring_fd < 0:
+            await self._serve_joined(peer, hello)
             return
         with contextlib.ExitStack() as stack:
             fd = os.open(f"/proc/{hello.pid}/fd/{hello.ring_fd}", os.O_RDWR)
@@ -98,6 +105,43 @@ class WorkerListener:
                     del self._rings[hello.worker_id]
                 gateway.worker_lost(hello.worker_id, send)
                 gateway.log.info("worker disconnected", worker=hello.worker_id)
+
+    async def _serve_joined(self, peer: channel.Channel, hello: messages.WorkerHello) -> None:
+        """A worker of another node: its frames come in parts, each chunk's before its announcement."""
+        gateway, send = self._gateway, peer.send
+        spec = registry.load_spec(gateway.config.model)
+        frames_max = max(spec.chunk_frames_first, spec.chunk_frames_rest)
+        parts = self._parts[hello.worker_id] = PartAssembler(frames_max * spec.width * spec.height * 3)
+        gateway.worker_connected(hello.worker_id, send)
+        gateway.log.info("worker joined", worker=hello.worker_id, address=peer.peer, device=hello.device)
+        try:
+            async for message in peer:
+                if isinstance(message, messages.FramePart):
+                    parts.take(message)
+                elif isinstance(message, messages.ChunkReady):
+                    await self._take_parts(message, parts)
+                elif isinstance(message, messages.ChunkRefused):
+                    gateway.chunk_refused(message)
+                else:
+                    gateway.metrics.refused_messages.inc()
+        except ProtocolError as error:
+            gateway.log.warning("worker broke the protocol", worker=hello.worker_id, error=str(error))
+        finally:
+            if self._parts.get(hello.worker_id) is parts:
+                del self._parts[hello.worker_id]
+            gateway.worker_lost(hello.worker_id, send)
+            gateway.log.info("worker disconnected", worker=hello.worker_id)
+
+    async def _take_parts(self, message: messages.ChunkReady, parts: PartAssembler) -> None:
+        try:
+            if parts.held_bytes > VERIFY_INLINE_BYTES:
+                frames = await asyncio.to_thread(parts.frames, message)
+            else:
+                frames = parts.frames(message)
+        except CorruptState as error:
+            self._gateway.chunk_corrupt(message, error)
+            return
+        self._gateway.chunk_ready(message, frames)
 
     async def _take(self, message: messages.AnyMessage, ring: FrameConsumer) -> None:
         match message:

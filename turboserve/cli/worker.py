@@ -47,15 +47,16 @@ def command(**options: Any) -> None:
 
     host, port = address(options["controller"])
     log_format = options["log_format"]
+    worker_id = f"j-{socket.gethostname()[:40]}-{secrets.token_hex(3)}"
     config = WorkerConfig(
-        worker_id=f"j-{socket.gethostname()[:40]}-{secrets.token_hex(3)}",
+        worker_id=worker_id,
         worker_epoch=1,
         token=read_token(options["token_file"]).hex(),
         controller_host=host,
         controller_port=port,
         gateway_host=host,
         gateway_port=0,
-        node=socket.gethostname(),
+        node=worker_id,  # a node of its own even on the server's machine: it shares no memory with anybody
         model=resolve(options["model"]),
         device=_device(options["device"]),
         slots=options["slots"],

@@ -2,8 +2,8 @@
 
 The worker cuts them into parts of at most PART_BYTES, in order, then says ChunkReady; the channel's own codes protect
 each part, and the chunk's digest is checked over the whole. Both ends are bounded: the worker sends no part while
-UNSENT_BYTES_MAX of earlier ones have not left, so that a slow network holds its chunks back as a full ring does, and the
-gateway puts one chunk at a time together, of no more bytes than its model's chunks have.
+UNSENT_BYTES_MAX of earlier ones have not left, so that a slow network holds its chunks back as a full ring does, and
+the gateway puts one chunk at a time together, of no more bytes than its model's chunks have.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ class PartAssembler:
             self._of, self._shape, self._data, self._filled = of, shape, bytearray(size), 0
         end = self._filled + len(part.data)
         if of != self._of or part.offset != self._filled or end > len(self._data) or not part.data:
-            raise ProtocolError(
-                f"bytes {part.offset}.. of chunk {part.chunk_index}", expected=f"from {self._filled} on"
-            )
+            raise ProtocolError(f"bytes {part.offset}.., chunk {part.chunk_index}", expected=f"from {self._filled} on")
         self._data[self._filled : end] = part.data
         self._filled = end
 

@@ -89,7 +89,8 @@ class Fleet:
                 expected="one address of this host",
             )
         self._control = ports.listen_socket(options.control_host, 0)
-        self._data = ports.listen_socket("127.0.0.1", 0)
+        # Where workers join they send frames, too.
+        self._data = ports.listen_socket(options.control_host, 0)
         options.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         chunk_bytes = (
             max(self.spec.chunk_frames_first, self.spec.chunk_frames_rest) * self.spec.width * self.spec.height * 3
@@ -122,6 +123,7 @@ class Fleet:
             parent_fd=launcher.parent_fd,
             host=options.host,
             port=ports.port_of(self.http),
+            data_host=options.control_host,
             data_port=ports.port_of(self._data),
             model=options.model,
             api_key=options.api_key or "",
@@ -240,6 +242,7 @@ class Fleet:
                 controller_port=ports.port_of(self._control),
                 gateway_port=ports.port_of(self._data),
                 controller_host=options.control_host,
+                gateway_host=options.control_host,
                 node=socket.gethostname(),
                 model=options.model,
                 device=options.device,

@@ -1,0 +1,1 @@
+"""What this machine needs to serve, looked at for real: `turboserve doctor`."""

@@ -42,11 +42,11 @@ FAILPOINTS: dict[str, str] = {
     "controller.spill.written": "a point's bytes are in its file, not synced and not yet under its name",
     "controller.event.written": "the directory has what an event changed, nobody has heard of it",
     "controller.started": "the directory is read, nobody is heard yet",
-    "worker.say.SessionOpened": "before this message is sent; likewise the others of worker.say",
-    "worker.say.SessionSuspended": "",
-    "worker.say.SessionPrepared": "",
-    "worker.say.HandedOver": "",
-    "worker.say.SessionReleased": "",
+    "worker.say.SessionOpened": "the message is decided on, not sent",
+    "worker.say.SessionSuspended": "likewise",
+    "worker.say.SessionPrepared": "likewise",
+    "worker.say.HandedOver": "likewise",
+    "worker.say.SessionReleased": "likewise",
 }
 """Every failpoint there is, with where it stands; one that is armed and not here is refused at start."""
 

@@ -221,6 +221,8 @@ class ControlLoop:
         return GATEWAY if isinstance(message, m.GatewayHello) else ""
 
     def _apply(self, effects: list[Effect]) -> None:
+        if effects:
+            failpoint("controller.event.written")
         for effect in effects:
             if not isinstance(effect, Send | Drop):
                 self._touch_points(effect)

@@ -29,6 +29,9 @@ from turboserve.cli.options import console, json_option, print_json
 )
 @click.option("--seeds", type=click.IntRange(min=0), default=0, help="Runs with random phases; 0: one run as it is.")
 @click.option("--steps-floor", type=click.IntRange(min=1), help="Let turboserve go down to so many denoise steps.")
+@click.option(
+    "--factor", "factors", multiple=True, help="latency: fleets of ceil(peak / capacity) times this (repeatable)."
+)
 @click.option("--unit-workers", type=click.IntRange(min=1), default=1, help="Workers come in nodes of this many.")
 @click.option(
     "--tuned", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="tuned.json of --study tune."
@@ -45,6 +48,7 @@ def command(
     delays_s: tuple[float, ...],
     seeds: int,
     steps_floor: int | None,
+    factors: tuple[str, ...],
     unit_workers: int,
     tuned: Path | None,
     audit: bool,
@@ -80,20 +84,22 @@ def command(
         steps_floor=steps_floor,
         unit_workers=unit_workers,
         audit=audit,
+        factors=list(factors) or list(studies.FLEET_FACTORS),
     )
     rows_path = out / "rows.jsonl"
     with _Bar(len(cases)) as bar:
         rows = run_grid(cases, rows_path, jobs=jobs or os.cpu_count() or 1, tell=bar.tell)
     (out / "commands.txt").open("a").write(shlex.join(["turboserve", *sys.argv[1:]]) + "\n")
-    everything = read_rows(rows_path)
+    kept = read_rows(rows_path)
+    everything = studies.at_every_delay(kept)
     summary: dict[str, Any] = {
         "simulated": True,
         "studies": studies.conclude(everything),
         "by_trace": studies.by_trace(everything),
         "cheaper_baselines": studies.cheaper_baselines(everything),
-        "violations": sum(sum(row.get("violations", {}).values()) for row in everything),
-        "audited_runs": sum("violations" in row for row in everything),
-        "runs": len(everything),
+        "violations": sum(sum(row.get("violations", {}).values()) for row in kept),
+        "audited_runs": sum("violations" in row for row in kept),
+        "runs": len(kept),
     }
     if study == "tune":
         summary["tuned"] = studies.choose_knobs(rows)

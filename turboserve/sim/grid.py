@@ -130,10 +130,10 @@ def _fleet_size(fleet: str, peak_workers: int) -> int | None:
 
 
 def _least_fleet(case: Case, trace: Trace, profile: LatencyProfile, peak_workers: int) -> dict[str, Any]:
-    """The smallest fixed fleet that gives equal service, by bisection upwards from the peak's fleet.
+    """A fixed fleet that gives equal service, one worker less of which does not.
 
-    Service need not be monotone in the fleet to the last worker; the answer is checked to give it, its smaller
-    neighbour in the search not to.
+    By bisection upwards from the peak's fleet, or, where another seed of the case was searched before in this process,
+    step by step from what that one found. Service need not be monotone in the fleet to the last worker.
     """
     tried: dict[int, dict[str, Any]] = {}
 
@@ -142,19 +142,32 @@ def _least_fleet(case: Case, trace: Trace, profile: LatencyProfile, peak_workers
             tried[workers] = _simulate(case, trace, profile, workers)
         return gives_service(tried[workers])
 
-    low, high = 0, max(1, peak_workers)
-    while not serves(high):
-        low, high = high, math.ceil(high * 1.25) + 1
-        if high > 20 * peak_workers + 20:
-            return tried[max(tried)] | {"least_found": False}
-    if low == 0:
-        low = max(0, math.floor(high * 0.5))
-        while low and serves(low):
-            low, high = math.floor(low * 0.5), low
+    same = dataclasses.replace(case, seed=0, curve=False)
+    limit = 20 * peak_workers + 20
+    if same in _FOUND:
+        low, high, step = _FOUND[same] - 1, _FOUND[same], 1
+        while not serves(high) and high <= limit:
+            low, high, step = high, high + step, 2 * step
+        while high - low == 1 and low and serves(low):
+            low, high = low - 1, low
+    else:
+        low, high = 0, max(1, peak_workers)
+        while not serves(high) and high <= limit:
+            low, high = high, math.ceil(high * 1.25) + 1
+        if low == 0:
+            low = max(0, math.floor(high * 0.5))
+            while low and serves(low):
+                low, high = math.floor(low * 0.5), low
+    if high > limit:
+        return tried[max(tried)] | {"least_found": False}
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if serves(middle) else (middle, high)
+    _FOUND[same] = high
     return tried[high] | {"least_found": True, "fleets_tried": len(tried)}
+
+
+_FOUND: dict[Case, int] = {}
 
 
 def _simulate(case: Case, trace: Trace, profile: LatencyProfile, workers: int | None) -> dict[str, Any]:

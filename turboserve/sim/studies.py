@@ -9,6 +9,7 @@ ablation  our policy with one part turned off at a time
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from turboserve.sim.averages import average, paired
@@ -37,12 +38,13 @@ def cases_of(
     steps_floor: int | None = None,
     unit_workers: int = 1,
     audit: bool = False,
+    factors: Sequence[str] = FLEET_FACTORS,
 ) -> list[Case]:
     """The cases of a study, small things first within each policy."""
     cases = []
     for delay_s in delays_s:
         for profile in profiles:
-            for policy, fleet in _policies_of(study, policies):
+            for policy, fleet in _policies_of(study, policies, factors):
                 spec = with_knobs(policy, tuned, profile, delay_s) if study != "tune" else policy
                 for trace in traces:
                     for seed in seeds:
@@ -63,10 +65,10 @@ def cases_of(
     return cases
 
 
-def _policies_of(study: str, policies: list[str]) -> list[tuple[str, str]]:
+def _policies_of(study: str, policies: list[str], factors: Sequence[str]) -> list[tuple[str, str]]:
     """(policy spec, fleet) pairs of a study."""
     if study == "latency":
-        return [(spec, f"peak*{factor}") for factor in FLEET_FACTORS for spec in policies]
+        return [(spec, f"peak*{factor}") for factor in factors for spec in policies]
     if study == "tune":
         found = []
         for spec in policies:
@@ -98,6 +100,29 @@ def default_policies(study: str) -> list[str]:
     if study == "tune":
         return [name for name in POLICIES if getattr(policy_class(name), "tuning", ())]
     return list(POLICIES)
+
+
+def at_every_delay(rows: list[Row]) -> list[Row]:
+    """Rows of fixed fleets once more for each other delay that the same trace, profile and seed were run with: nothing
+    is provisioned there, so all but the clairvoyant's bill is the same."""
+    references: dict[tuple[Any, ...], dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        references[_setting(row)][row["provision_s"]] = row["reference_worker_hours"]
+    found = list(rows)
+    present = {(_setting(r), label(r), r["fleet"], r["provision_s"]) for r in rows}
+    for row in rows:
+        if row["fixed_workers"] is None:
+            continue
+        for delay_s, hours in references[_setting(row)].items():
+            place = (_setting(row), label(row), row["fleet"], delay_s)
+            if place not in present:
+                present.add(place)
+                found.append(row | {"provision_s": delay_s, "reference_worker_hours": hours})
+    return found
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return row["trace"], row["profile"], row["seed"], row["unit_workers"]
 
 
 def label(row: Row) -> str:

@@ -15,7 +15,7 @@ from turboserve.audit.audit import audit_run
 from turboserve.errors import ConfigError, TraceError
 from turboserve.orchestrator.plan import Action, Plan, Shed, Suspend
 from turboserve.orchestrator.view import ClusterView
-from turboserve.sim.batches import R_BATCH, R_FINISH, R_N, R_RELEASE, R_SESSION, R_START, R_STEPS
+from turboserve.sim.batch_steps import R_BATCH, R_FINISH, R_N, R_RELEASE, R_SESSION, R_START, R_STEPS
 from turboserve.sim.events import TRANSFER_END, WAKE, Timers, up_us
 from turboserve.sim.files import write_run
 from turboserve.sim.policies import make_policy

@@ -1,15 +1,15 @@
 """The simulated cluster: keeps the view that policies read, and carries out their plans.
 
-Mechanism only. Who sits where, what a transfer costs, when a worker is ready and what it is billed for is decided
-here from the latency profile; why anything happens is the policy's business and goes to the decision log. An action
+Mechanism only. Who sits where and what a transfer costs (here), when a worker is ready and billed (`fleet`) is decided
+from the latency profile; why anything happens is the policy's business and goes to the decision log. An action
 that does not fit what is (a full worker, a second inbound transfer, a session that just closed) is dropped and counted,
 never bent.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -29,59 +29,23 @@ from turboserve.orchestrator.plan import (
     UndrainWorker,
 )
 from turboserve.orchestrator.view import (
-    ABSENT,
-    DRAINING,
     GONE,
     HELD,
     HOST,
     MIGRATING,
     NEW,
     NOWHERE,
-    READY,
     RESUMING,
     STARTING,
     SUSPENDING,
     ClusterView,
     add_session,
-    add_worker,
 )
-from turboserve.sim.batches import DONE, HOLD, INDEX, PASSES, PERIOD, RUNNING, WORKER, Batches
-from turboserve.sim.events import TRANSFER_END, US, WORKER_READY, Timers, up_us
-
-
-@dataclass(slots=True)
-class Bill:
-    """One worker's time, from its request to its release."""
-
-    worker: str
-    request_us: int
-    release_us: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ShedChunk:
-    """A chunk given up: when it was, and when it was (or would have been) released."""
-
-    session: str
-    index: int
-    period: int
-    time_us: int
-    reason: str
-    release_us: int
-
-
-@dataclass(slots=True)
-class Log:
-    """What happened, for the files of the run."""
-
-    decisions: list[dict[str, Any]] = field(default_factory=list)
-    shed: list[ShedChunk] = field(default_factory=list)
-    bills: list[Bill] = field(default_factory=list)
-    worker_names: list[str] = field(default_factory=list)
-    dropped_actions: dict[str, int] = field(default_factory=dict)
-
-    def decide(self, now_us: int, event: str, reason: str, **who: Any) -> None:
-        self.decisions.append({"time_s": now_us / US, "event": event, **who, "reason": reason})
+from turboserve.sim.batch_steps import DONE, HOLD, INDEX, PASSES, PERIOD, RUNNING, WORKER
+from turboserve.sim.batches import Batches
+from turboserve.sim.events import TRANSFER_END, US, Timers, up_us
+from turboserve.sim.fleet import SimFleet
+from turboserve.sim.run_log import Log, ShedChunk
 
 
 class SimCluster:
@@ -91,26 +55,29 @@ class SimCluster:
         self, view: ClusterView, batches: Batches, profile: LatencyProfile, provision_us: int, timers: Timers
     ) -> None:
         self.view, self.batches, self.profile, self.timers = view, batches, profile, timers
-        self.provision_us = provision_us
         self.log = Log()
+        self.fleet = SimFleet(view, batches, profile, provision_us, timers, self.log)
         self.row_of: dict[str, int] = {}  # open sessions
-        self.worker_row: dict[str, int] = {}  # present workers
-        self.number_of: dict[int, int] = {}  # worker row -> number in log.worker_names, for the chunk rows
-        self.held = np.zeros(view.workers.capacity, np.int64)
-        self.active_on = np.zeros(view.workers.capacity, np.int64)  # active sessions that a worker runs
         self.active = 0
-        self.billed = 0
-        self.ready = 0
         self._free_sessions: list[int] = []
-        self._free_workers: list[int] = []
-        self._bill_of: dict[str, Bill] = {}
         self._leaving: set[int] = set()  # rows whose session departed during a transfer
         self._migrate_us = up_us(profile.migrate_s)
         self._migrate_far_us = up_us(profile.migrate_cross_node_s or profile.migrate_s)
         self._suspend_us, self._resume_us = up_us(profile.offload_s), up_us(profile.resume_s)
         self._reasons: dict[int, str] = {}  # of transfers that wait for a chunk to end
+        self._handlers: dict[type, Callable[[Any, int], bool]] = {
+            Place: self._place,
+            Migrate: self._migrate,
+            Suspend: self._suspend,
+            Resume: self._resume,
+            SetSteps: self._set_steps,
+            Queue: self._queue,
+            Shed: self._shed,
+            AddWorker: self.fleet.add,
+            DrainWorker: self.fleet.drain,
+            UndrainWorker: self.fleet.undrain,
+        }
         self.ended_by_shedding: list[int] = []  # periods without a chunk left, for the replay to end
-        self._changed = False
 
     # Sessions come, go, and turn active and idle.
 
@@ -127,7 +94,7 @@ class SimCluster:
         s.active_since_s[row] = active_us / US
         self.active += 1
         if s.worker[row] >= 0:
-            self.active_on[s.worker[row]] += 1
+            self.fleet.active_on[s.worker[row]] += 1
         self.view.observed.periods_started += 1
         self.batches.begin_period(row, active_us, chunks, now_us)
 
@@ -137,7 +104,7 @@ class SimCluster:
         s.idle_since_s[row] = now_us / US
         self.active -= 1
         if s.worker[row] >= 0:
-            self.active_on[s.worker[row]] -= 1
+            self.fleet.active_on[s.worker[row]] -= 1
         observed.periods_ended += 1
         observed.period_seconds += now_us / US - s.active_since_s[row]
 
@@ -149,7 +116,7 @@ class SimCluster:
             return
         if s.state[row] == HELD:
             self.batches.detach(row)
-            self.held[s.worker[row]] -= 1
+            self.fleet.held[s.worker[row]] -= 1
         s.state[row] = GONE
         s.worker[row] = s.target[row] = NOWHERE
         del self.row_of[s.ids[row]]
@@ -160,30 +127,30 @@ class SimCluster:
     def apply(self, plan: Plan, now_s: float) -> bool:
         """Carry out `plan`; True when something changed that the policy should see at this same instant."""
         now_us = round(now_s * US)
-        self._changed = False
+        self.fleet.changed = False
         releases: list[ReleaseWorker] = []
         for action in plan.actions:
             if isinstance(action, ReleaseWorker):
                 releases.append(action)
                 continue
-            if not self._HANDLERS[type(action)](self, action, now_us):
-                self._drop(action)
-        self._release(releases, now_us)
-        return self._changed
+            if not self._handlers[type(action)](action, now_us):
+                self.log.drop(action)
+        self.fleet.release(releases, now_us)
+        return self.fleet.changed
 
     def _place(self, a: Place, now_us: int) -> bool:
-        row, worker = self.row_of.get(a.session), self.worker_row.get(a.worker)
+        row, worker = self.row_of.get(a.session), self.fleet.row_of.get(a.worker)
         s = self.view.sessions
-        if row is None or worker is None or s.state[row] != NEW or not self._takes(worker):
+        if row is None or worker is None or s.state[row] != NEW or not self.fleet.takes(worker):
             return False
         s.state[row] = HELD
         self._arrive(row, worker, now_us)
-        self.held[worker] += 1
+        self.fleet.held[worker] += 1
         self.log.decide(now_us, "place", a.reason, worker=a.worker, session=a.session)
         return True
 
     def _migrate(self, a: Migrate, now_us: int) -> bool:
-        row, target = self.row_of.get(a.session), self.worker_row.get(a.worker)
+        row, target = self.row_of.get(a.session), self.fleet.row_of.get(a.worker)
         s, w = self.view.sessions, self.view.workers
         if row is None or target is None or s.state[row] != HELD or row in self._leaving:
             return False
@@ -193,13 +160,13 @@ class SimCluster:
             or source == target
             or w.outbound[source]
             or w.inbound[target]
-            or not self._takes(target)
+            or not self.fleet.takes(target)
         ):
             return False
         s.state[row] = MIGRATING
         s.target[row] = target
         w.outbound[source] = w.inbound[target] = True
-        self.held[target] += 1
+        self.fleet.held[target] += 1
         self._begin_transfer(row, a.reason, now_us)
         return True
 
@@ -214,19 +181,16 @@ class SimCluster:
         return True
 
     def _resume(self, a: Resume, now_us: int) -> bool:
-        row, target = self.row_of.get(a.session), self.worker_row.get(a.worker)
+        row, target = self.row_of.get(a.session), self.fleet.row_of.get(a.worker)
         s, w = self.view.sessions, self.view.workers
-        if row is None or target is None or s.state[row] != HOST or w.inbound[target] or not self._takes(target):
+        if row is None or target is None or s.state[row] != HOST or w.inbound[target] or not self.fleet.takes(target):
             return False
         s.state[row] = RESUMING
         s.target[row] = target
         w.inbound[target] = True
-        self.held[target] += 1
+        self.fleet.held[target] += 1
         self._begin_transfer(row, a.reason, now_us)
         return True
-
-    def _takes(self, worker: int) -> bool:
-        return bool(self.view.workers.state[worker] == READY and self.held[worker] < self.profile.resident_max)
 
     def _begin_transfer(self, row: int, reason: str, now_us: int) -> None:
         """At once, or when the chunk in work ends (`chunk_over`)."""
@@ -283,8 +247,8 @@ class SimCluster:
         s.target[row] = NOWHERE
         if state in (MIGRATING, SUSPENDING):
             w.outbound[source] = False
-            self.held[source] -= 1
-            self.active_on[source] -= int(s.active[row])
+            self.fleet.held[source] -= 1
+            self.fleet.active_on[source] -= int(s.active[row])
             s.worker[row] = NOWHERE
         if state in (MIGRATING, RESUMING):
             w.inbound[target] = False
@@ -302,7 +266,7 @@ class SimCluster:
         s = self.view.sessions
         s.worker[row] = worker
         if s.active[row]:
-            self.active_on[worker] += 1
+            self.fleet.active_on[worker] += 1
         self.batches.attach(row, worker, now_us)
 
     def _set_steps(self, a: SetSteps, now_us: int) -> bool:
@@ -336,112 +300,6 @@ class SimCluster:
             self.ended_by_shedding.append(row)
         return True
 
-    # Workers.
-
-    def start_worker(self, now_us: int, *, unit: int | None, node: int, reason: str, ready: bool = False) -> int:
-        """Ask for one worker; `ready` ones are there at once (a fixed fleet, the initial workers)."""
-        name = f"w{len(self.log.worker_names):05d}"
-        self.log.worker_names.append(name)
-        row = self._free_workers.pop() if self._free_workers else None
-        ready_us = now_us if ready else now_us + self.provision_us
-        row = add_worker(
-            self.view,
-            name,
-            state=STARTING,
-            request_s=now_us / US,
-            ready_at_s=ready_us / US,
-            node=node,
-            unit=unit,
-            row=row,
-        )
-        self.batches.grow()
-        self.held = _fit(self.held, self.view.workers.capacity)
-        self.active_on = _fit(self.active_on, self.view.workers.capacity)
-        self.held[row] = self.active_on[row] = 0
-        self.worker_row[name] = row
-        self.number_of[row] = len(self.log.worker_names) - 1
-        bill = Bill(name, now_us)
-        self.log.bills.append(bill)
-        self._bill_of[name] = bill
-        self.billed += 1
-        self.log.decide(now_us, "worker_request", reason, worker=name)
-        if ready:
-            self.worker_ready(row, name, now_us)
-        else:
-            self.timers.add(ready_us, WORKER_READY, (row, name))
-        return row
-
-    def worker_ready(self, row: int, name: str, now_us: int) -> bool:
-        if self.worker_row.get(name) != row or self.view.workers.state[row] != STARTING:
-            return False
-        self.view.workers.state[row] = READY
-        self.batches.add_worker(row, self.number_of[row])
-        self.ready += 1
-        self.log.decide(now_us, "worker_ready", "provisioned", worker=name)
-        return True
-
-    def _add(self, a: AddWorker, now_us: int) -> bool:
-        size = self.profile.provision_unit_workers
-        units = -(-a.count // size)
-        units = min(units, (self.view.workers_max - self.billed) // size)
-        for _ in range(units):
-            unit = node = len(self.log.worker_names)
-            for _ in range(size):
-                self.start_worker(now_us, unit=unit, node=node, reason=a.reason)
-            self._changed |= self.provision_us == 0
-        return units > 0
-
-    def _drain(self, a: DrainWorker, now_us: int) -> bool:
-        row = self.worker_row.get(a.worker)
-        if row is None or self.view.workers.state[row] != READY:
-            return False
-        self.view.workers.state[row] = DRAINING
-        self.ready -= 1
-        self.log.decide(now_us, "drain", a.reason, worker=a.worker)
-        return True
-
-    def _undrain(self, a: UndrainWorker, now_us: int) -> bool:
-        row = self.worker_row.get(a.worker)
-        if row is None or self.view.workers.state[row] != DRAINING:
-            return False
-        self.view.workers.state[row] = READY
-        self.ready += 1
-        self.log.decide(now_us, "drain", a.reason, worker=a.worker, undo=True)
-        return True
-
-    def _release(self, actions: list[ReleaseWorker], now_us: int) -> None:
-        """Empty workers go; of a provisioning unit all that are left or none."""
-        w = self.view.workers
-        going = {self.worker_row[a.worker]: a for a in actions if a.worker in self.worker_row}
-        blocked = {r for r in going if self.held[r] or w.inbound[r] or w.outbound[r]}
-        end_us = now_us + up_us(self.profile.release_s)
-        present = w.state[: w.count] != ABSENT
-        mates_of = {row: np.flatnonzero((w.unit[: w.count] == w.unit[row]) & present).tolist() for row in going}
-        for row, action in going.items():
-            if any(m not in going or m in blocked for m in mates_of[row]):
-                self._drop(action)
-                continue
-            self._end_worker(row, end_us)
-            self.log.decide(end_us, "worker_release", action.reason, worker=action.worker)
-
-    def _drop(self, action: Any) -> None:
-        name = type(action).__name__
-        self.log.dropped_actions[name] = self.log.dropped_actions.get(name, 0) + 1
-
-    def _end_worker(self, row: int, end_us: int) -> None:
-        w = self.view.workers
-        name = w.ids[row]
-        if w.state[row] != STARTING:
-            self.batches.remove_worker(row)
-        if w.state[row] == READY:
-            self.ready -= 1
-        w.state[row] = ABSENT
-        w.inbound[row] = w.outbound[row] = False
-        del self.worker_row[name]
-        self._bill_of.pop(name).release_us = end_us
-        self.billed -= 1
-        self._free_workers.append(row)
-
     def lose_worker(self, row: int, now_us: int) -> None:
         """The worker is gone with the chunks in work; what it held or was to hold goes on from host memory."""
         s, w = self.view.sessions, self.view.workers
@@ -454,10 +312,10 @@ class SimCluster:
         for r in touched:
             source, target = int(s.worker[r]), int(s.target[r])
             if s.active[r] and source >= 0 and s.state[r] != RESUMING:
-                self.active_on[source] -= 1
+                self.fleet.active_on[source] -= 1
             for end, flags in ((source, w.outbound), (target, w.inbound)):
                 if end >= 0:
-                    self.held[end] -= 1
+                    self.fleet.held[end] -= 1
                     if s.state[r] != HELD:
                         flags[end] = False
             self.batches.session[r, HOLD] = 0
@@ -467,26 +325,9 @@ class SimCluster:
             s.worker[r] = s.target[r] = NOWHERE
             s.transfer_end_s[r] = 0.0
             self._reasons.pop(int(r), None)
-        self._end_worker(row, now_us)
+        self.fleet.end_worker(row, now_us)
         assert started or touched.size == 0
         for r in touched:
             if int(r) in self._leaving:
                 self._leaving.discard(int(r))
                 self.close_session(int(r))
-
-    _HANDLERS: ClassVar[dict[type, Any]] = {
-        Place: _place,
-        Migrate: _migrate,
-        Suspend: _suspend,
-        Resume: _resume,
-        SetSteps: _set_steps,
-        Queue: _queue,
-        Shed: _shed,
-        AddWorker: _add,
-        DrainWorker: _drain,
-        UndrainWorker: _undrain,
-    }
-
-
-def _fit(array: Any, n: int) -> Any:
-    return array if array.size >= n else np.concatenate([array, np.zeros(n - array.size, array.dtype)])

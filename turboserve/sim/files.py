@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from turboserve.sim.batches import (
+from turboserve.sim.batch_steps import (
     R_BATCH,
     R_FINISH,
     R_INDEX,

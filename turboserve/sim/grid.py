@@ -22,7 +22,7 @@ import numpy as np
 
 from turboserve.errors import ConfigError
 from turboserve.orchestrator.latency import LatencyProfile
-from turboserve.sim.batches import R_FINISH, R_START
+from turboserve.sim.batch_steps import R_FINISH, R_START
 from turboserve.sim.clairvoyant import cheapest_fleet
 from turboserve.sim.events import US
 from turboserve.sim.files import write_run

@@ -17,10 +17,12 @@ import numpy.typing as npt
 from turboserve.errors import ConfigError
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.orchestrator.view import GONE, READY, ClusterView, make_view
-from turboserve.sim.batches import PERIOD_OVER, R_FINISH, T_LATE, T_REDUCED, T_ROWS, Batches
-from turboserve.sim.cluster import Log, SimCluster
+from turboserve.sim.batch_steps import PERIOD_OVER, R_FINISH, T_LATE, T_REDUCED, T_ROWS
+from turboserve.sim.batches import Batches
+from turboserve.sim.cluster import SimCluster
 from turboserve.sim.events import NEVER_US, TRANSFER_END, US, WAKE, WORKER_LOST, WORKER_READY, Timers, to_us, up_us
 from turboserve.sim.policies.base import Policy
+from turboserve.sim.run_log import Log
 from turboserve.sim.trace import ACTIVE, ARRIVE, IDLE, Trace
 
 WORKERS_MAX_DEFAULT = 100_000
@@ -168,7 +170,7 @@ class _Replay:
         for bill in self.cluster.log.bills:
             if bill.release_us is None:
                 bill.release_us = end_us
-        self.timeline.add(end_us, 0, self.cluster.ready, self.cluster.billed, 0)
+        self.timeline.add(end_us, 0, self.cluster.fleet.ready, self.cluster.fleet.billed, 0)
         return Run(
             trace=self.trace,
             profile=self.profile,
@@ -190,7 +192,7 @@ class _Replay:
         unit = self.profile.provision_unit_workers
         for i in range(count):
             node = i - i % unit
-            self.cluster.start_worker(0, unit=node, node=node, reason=reason, ready=True)
+            self.cluster.fleet.start_worker(0, unit=node, node=node, reason=reason, ready=True)
 
     # One instant: what happened, then one decision.
 
@@ -219,7 +221,7 @@ class _Replay:
             if kind == TRANSFER_END:
                 changed |= self.cluster.end_transfer(*what)
             elif kind == WORKER_READY:
-                changed |= self.cluster.worker_ready(what[0], what[1], now_us)
+                changed |= self.cluster.fleet.worker_ready(what[0], what[1], now_us)
             elif kind == WORKER_LOST:
                 changed |= self._lose(now_us)
             else:
@@ -234,7 +236,7 @@ class _Replay:
         if self.settings.workers is not None:
             # A fixed fleet is kept at its size: the lost worker's successor pays the provisioning delay.
             unit = len(self.cluster.log.worker_names)
-            self.cluster.start_worker(now_us, unit=unit, node=unit, reason="successor of a lost worker")
+            self.cluster.fleet.start_worker(now_us, unit=unit, node=unit, reason="successor of a lost worker")
         return True
 
     def _take_event(self, at: int) -> bool:
@@ -283,5 +285,5 @@ class _Replay:
             self.wake_number += 1
             self.timers.add(max(now_us + 1, up_us(plan.wake_at_s)), WAKE, self.wake_number)
         workers = self.view.workers.count
-        fullest = int(self.cluster.active_on[:workers].max(initial=0))
-        self.timeline.add(now_us, self.cluster.active, self.cluster.ready, self.cluster.billed, fullest)
+        fullest = int(self.cluster.fleet.active_on[:workers].max(initial=0))
+        self.timeline.add(now_us, self.cluster.active, self.cluster.fleet.ready, self.cluster.fleet.billed, fullest)

@@ -12,7 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from turboserve.orchestrator.latency import LatencyProfile
-from turboserve.sim.batches import R_DEADLINE, R_FINISH, R_N, R_PERIOD, R_READY, R_RELEASE, R_SESSION, R_START, R_STEPS
+from turboserve.sim.batch_steps import (
+    R_DEADLINE,
+    R_FINISH,
+    R_N,
+    R_PERIOD,
+    R_READY,
+    R_RELEASE,
+    R_SESSION,
+    R_START,
+    R_STEPS,
+)
 from turboserve.sim.clairvoyant import CheapestFleet, cheapest_fleet
 from turboserve.sim.events import US, to_us
 from turboserve.sim.replay import Run, Settings

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from turboserve.sim.batches import R_DEADLINE, R_FINISH, R_READY, R_RELEASE, R_START, R_STEPS
+from turboserve.sim.batch_steps import R_DEADLINE, R_FINISH, R_READY, R_RELEASE, R_START, R_STEPS
 from turboserve.sim.events import US, to_us
 from turboserve.sim.replay import Run
 from turboserve.sim.svg import Series, line_plot

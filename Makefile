@@ -12,7 +12,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: help setup serve test gpu lint format bench score screenshots clean sanitize
+.PHONY: help setup serve test lint format bench score screenshots clean sanitize
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,9 +32,6 @@ serve: setup  ## start the server with the embedded model: make serve PORT=8000 
 
 test: .venv/.dev  ## set up, then lint, types, import rules and the whole test suite
 	@bash scripts/test.sh $(ARGS)
-
-gpu: .venv/.dev  ## every GPU test and bench within 8 minutes, on a machine that has a GPU
-	@bash scripts/gpu.sh
 
 lint: .venv/.dev  ## ruff, mypy, import rules
 	@bash scripts/lint.sh

@@ -176,3 +176,17 @@ async def test_killing_is_for_loopback_without_keys(server: Harness, tmp_path: P
         answer = await keyed.http.post("/v1/admin/workers/w0/kill", headers=headers)
         assert answer.status_code == 403 and "loopback" in answer.text
         assert not [one for one in keyed.cluster.seen if isinstance(one, m.AdminCommand)]
+
+
+async def test_active_or_idle_is_the_gateways_own_knowledge(server: Harness) -> None:
+    """The controller says idle of a session that opened before its viewer came, and does not take it back."""
+    opened = await server.open()
+    async with server.viewer(opened, pace="live") as viewer:
+        await viewer.take(1)
+        epoch = server.cluster.sessions[opened["id"]].epoch
+        server.cluster.tell(m.SessionState(session_id=opened["id"], state="idle", epoch=epoch, owned=True))
+        path = f"/v1/sessions/{opened['id']}"
+        assert (await server.http.get(path)).json()["state"] == "active"
+        await viewer.take(1)
+        await server.http.post(f"{path}/pause")
+        assert (await server.http.get(path)).json()["state"] == "idle"

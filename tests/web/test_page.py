@@ -172,7 +172,7 @@ def test_a_full_server_shows_the_place_in_the_queue(
     open_page: OpenPage, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("full")
-    flags = ("--capacity", "1", "--slots", "1", "--api-key", "the-right-key")
+    flags = ("--workers", "1", "--capacity", "1", "--slots", "1", "--api-key", "the-right-key")
     with serving(folder, *flags) as server:
         watcher = open_page(server.url, allow_console=NETWORK_NOISE)
         # A server with a key asks for it, says when it is wrong, and the tab remembers it.

@@ -98,8 +98,9 @@ class SessionFacts:
 
     def public(self) -> str:
         """One of the eight public states."""
-        if self.state == PublicState.ACTIVE and not self._wants():
-            return PublicState.IDLE.value
+        if self.state in (PublicState.ACTIVE, PublicState.IDLE):
+            # Which of the two is known here first: the controller's word is as old as our last report to it.
+            return (PublicState.ACTIVE if self._wants() else PublicState.IDLE).value
         return self.state
 
     def _wants(self) -> bool:

@@ -5,6 +5,7 @@ import { askForKey, notice } from "./dialogs.js";
 import { explain } from "./errors.js";
 import { CHIPS } from "./examples.js";
 import { layOut } from "./layout.js";
+import { Plug } from "./plug.js";
 import { Status } from "./session.js";
 import { Tile } from "./tile.js";
 import { Tour } from "./tour.js";
@@ -12,6 +13,8 @@ import { Tour } from "./tour.js";
 const TILES_MAX = 8;
 const HIDDEN_PAUSE_MS = 20_000;
 const TOUR_PATIENCE_MS = 4000;
+/** While a worker is killed, lanes stand below the pictures and both are to be seen at once. */
+const PLUG_SHARE = 0.36;
 
 const grid = /** @type {HTMLElement} */ (document.getElementById("tiles"));
 const promptBox = /** @type {HTMLInputElement} */ (document.getElementById("prompt"));
@@ -19,6 +22,8 @@ const promptBox = /** @type {HTMLInputElement} */ (document.getElementById("prom
 let tiles = [];
 /** @type {Tour|null} */
 let tour = null;
+let plugged = false;
+const plug = new Plug({ begin: beginPlug, leave: leavePlug });
 
 /** @type {import("./tile.js").TileEvents} */
 const tileEvents = {
@@ -101,8 +106,28 @@ async function clearTour() {
   await Promise.allSettled(freed);
 }
 
+/** Fresh streams for the show, so that their undisturbed runs are short. */
+async function beginPlug() {
+  await clearTour();
+  for (const tile of [...tiles]) removeTile(tile);
+  plugged = true;
+  startTour(Math.max(1, Math.min(4, Number(new URLSearchParams(location.search).get("streams")) || 4)));
+  return [...tiles];
+}
+
+function leavePlug() {
+  plugged = false;
+  plug.stop();
+  clearTour().then(() => {
+    startTour();
+    promptBox.focus();
+  });
+}
+
 /** @param {string[]} prompts */
 async function start(prompts) {
+  if (plugged) plug.stop();
+  plugged = false;
   await clearTour();
   if (tiles.length + prompts.length > TILES_MAX) {
     notice(`At most ${TILES_MAX} streams on one page: close one first.`);
@@ -118,21 +143,22 @@ async function start(prompts) {
   if (bottom > window.innerHeight) fresh[0].element.scrollIntoView({ block: "start" });
 }
 
-function startTour() {
+/** @param {number} [count] */
+function startTour(count) {
   tour = new Tour((prompt, seed) => {
     const tile = makeTile(prompt, { tour: true, seed });
     tiles.push(tile);
     grid.append(tile.element);
     return tile;
-  });
+  }, count);
   refresh();
 }
 
 function refresh() {
   const touring = tour !== null;
-  document.body.dataset.mode = touring ? "tour" : tiles.length ? "watching" : "empty";
+  document.body.dataset.mode = plugged ? "plug" : touring ? "tour" : tiles.length ? "watching" : "empty";
   grid.dataset.count = String(tiles.length);
-  layOut(grid, tiles, touring);
+  layOut(grid, tiles, touring, plugged ? PLUG_SHARE : undefined);
   const title = /** @type {HTMLElement} */ (document.getElementById("streams-title"));
   promptBox.placeholder = !touring && tiles.length ? "Start another stream: describe a scene" : CHIPS[0];
   title.textContent = touring ? "Being made now" : tiles.length === 1 ? "Your stream" : "Your streams";
@@ -196,8 +222,9 @@ function listen() {
       promptBox.focus();
     }
   });
-  new ResizeObserver(() => layOut(grid, tiles, tour !== null)).observe(grid);
-  window.addEventListener("resize", () => layOut(grid, tiles, tour !== null));
+  const again = () => layOut(grid, tiles, tour !== null, plugged ? PLUG_SHARE : undefined);
+  new ResizeObserver(again).observe(grid);
+  window.addEventListener("resize", again);
   window.addEventListener("pagehide", () => tiles.forEach((tile) => tile.stream.dispose()));
   window.addEventListener("pageshow", (event) => event.persisted && location.reload());
 }
@@ -223,6 +250,7 @@ async function begin() {
   const wantsTour = new URLSearchParams(location.search).get("tour") !== "off";
   try {
     await api.request("GET", "v1/models");
+    if (!api.storedKey()) plug.offer(); // only a server without keys lets anybody do that
     // The viewer may have begun while the answer was on its way.
     if (wantsTour && !tiles.length) startTour();
   } catch (error) {

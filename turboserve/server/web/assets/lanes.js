@@ -8,6 +8,8 @@ import { byteSize } from "./figures.js";
 
 const SLIDE_MS = 600;
 const LOST_SHOWN_S = 30;
+/** A worker that is started again at once is still shown dead for so long. */
+const DEATH_SHOWN_S = 3;
 
 /** What stands on a chip besides its colour. @type {Record<string, string>} */
 export const SIGNS = {
@@ -46,7 +48,16 @@ export class Lanes {
   /** @param {any} cluster  an answer of GET /v1/cluster */
   draw(cluster) {
     const before = this.#positions();
-    const workers = [...(cluster.workers ?? []), ...lostWorkers(cluster)];
+    const lost = lostWorkers(cluster);
+    const workers = [
+      ...(cluster.workers ?? []).map((/** @type {any} */ worker) => {
+        const death = worker.state === "starting" ? lost.get(worker.id) : undefined;
+        return death && death.agoS < DEATH_SHOWN_S ? { ...death, reason: `${death.reason}; it is started again` } : worker;
+      }),
+    ];
+    const up = new Set(workers.map((worker) => worker.id));
+    for (const [id, death] of lost) if (!up.has(id)) workers.push(death);
+    workers.sort((a, b) => a.id.localeCompare(b.id, "en", { numeric: true }));
     const sessions = cluster.session_list ?? [];
     const wanted = [
       ...workers.map((worker) => this.#workerLane(worker)),
@@ -240,18 +251,17 @@ function laneOf(session, workers) {
   return session.tier === "none" ? "shelf:queue" : null;
 }
 
-/** Workers that were lost a moment ago and are not back: their lane is shown dead for a while. @param {any} cluster */
+/** Workers that were lost a moment ago: their lane is shown dead for a while. @param {any} cluster */
 function lostWorkers(cluster) {
-  const up = new Set((cluster.workers ?? []).map((/** @type {any} */ worker) => worker.id));
   const nowS = cluster.clock?.time_s ?? 0;
+  /** @type {Map<string, any>} */
   const lost = new Map();
   for (const one of cluster.decisions ?? []) {
-    if (one.event === "worker_lost" && !up.has(one.worker) && nowS - one.time_s < LOST_SHOWN_S) {
-      lost.set(one.worker, { id: one.worker, state: "lost", reason: one.reason, capacity: 0 });
-    }
+    const agoS = nowS - one.time_s;
+    if (one.event === "worker_lost" && agoS < LOST_SHOWN_S) lost.set(one.worker, { id: one.worker, state: "lost", reason: one.reason, capacity: 0, agoS });
     if (one.event === "worker_release") lost.delete(one.worker);
   }
-  return [...lost.values()];
+  return lost;
 }
 
 /** The lanes of a page that has a place for them. @param {LaneEvents} events */

@@ -23,8 +23,9 @@ export function fitPicture(video, roomWidth, roomHeight, pixelRatio = window.dev
  * @param {HTMLElement} grid
  * @param {{element: HTMLElement, video: {width: number, height: number}}[]} tiles
  * @param {boolean} touring   small tiles without panels
+ * @param {number} [share]     of the window's height that a picture may take, when less than usual
  */
-export function layOut(grid, tiles, touring) {
+export function layOut(grid, tiles, touring, share) {
   if (!tiles.length) return;
   const width = grid.clientWidth;
   const gap = width < 600 ? 12 : 16;
@@ -34,7 +35,7 @@ export function layOut(grid, tiles, touring) {
   let columns = Math.min(tiles.length, 4);
   if (tiles.length === 4 && (width - 3 * gap) / 4 < least) columns = 2;
   while (columns > 1 && (width - (columns - 1) * gap) / columns < least) columns -= 1;
-  const roomHeight = Math.max(192, window.innerHeight * (stage ? 0.75 : 0.6));
+  const roomHeight = Math.max(192, window.innerHeight * (share ?? (stage ? 0.75 : 0.6)));
   const roomWidth =
     grid.dataset.layout === "stage" ? width - PANEL_MIN - STAGE_GAP : (width - (columns - 1) * gap) / columns;
   let widest = 0;

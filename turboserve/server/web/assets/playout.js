@@ -16,6 +16,7 @@ const CUSHION_STALL_S = 0.06;
 const CUSHION_STALL_FORGET_S = 20;
 const CATCH_UP = 0.22;
 const FALL_BACK = 0.06;
+const FALL_BACK_TO_RESERVE = 0.3;
 const STALL_MIN_S = 0.03;
 
 /**
@@ -39,6 +40,8 @@ export class Playout {
     this.stalls = 0;
     this.stalledS = 0;
     this.extraS = 0;
+    /** Asked for on top of what arrivals need, before a known disturbance. */
+    this.reserveS = 0;
   }
 
   /** Media seconds in hand. */
@@ -49,7 +52,7 @@ export class Playout {
   get chunkOffsetTargetS() {
     const worst = Math.min(...this.offsets);
     const typical = this.offsets.length ? this.offsets.reduce((a, b) => a + b, 0) / this.offsets.length : worst;
-    return worst - (CUSHION_MIN_S + 0.25 * Math.min(0.2, typical - worst) + this.extraS);
+    return worst - (CUSHION_MIN_S + 0.25 * Math.min(0.2, typical - worst) + this.extraS + this.reserveS);
   }
 
   /**
@@ -132,7 +135,8 @@ export class Playout {
     if (this.offsets.length) {
       // shift = media time minus wall time; move it towards its target by bending the speed a little
       const errorS = this.chunkOffsetTargetS - (this.mediaS - (nowS - elapsedS));
-      stepS += Math.max(-FALL_BACK * elapsedS, Math.min(CATCH_UP * elapsedS, errorS * Math.min(1, elapsedS * 2)));
+      const slowest = this.reserveS > 0 ? FALL_BACK_TO_RESERVE : FALL_BACK;
+      stepS += Math.max(-slowest * elapsedS, Math.min(CATCH_UP * elapsedS, errorS * Math.min(1, elapsedS * 2)));
     }
     this.mediaS += stepS;
     if (this.mediaS > this.endS) {

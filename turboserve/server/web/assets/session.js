@@ -36,6 +36,7 @@ export const Status = Object.freeze({
  */
 
 const OPEN_TRIES = 6;
+const DIGESTS_KEPT = 2000;
 const RETRY_AFTER_MAX_S = 30;
 
 let counter = 0;
@@ -77,6 +78,8 @@ export class Stream extends EventTarget {
     /** @type {any} */
     this.card = null;
     this.gone = false;
+    /** @type {Map<number, string>} digest of the chain by chunk, the newest DIGESTS_KEPT */
+    this.digests = new Map();
     /** @type {PromptEntry[]} */
     this.prompts = [newEntry(prompt)];
     /** @type {PromptEntry|null} newest prompt not sent yet, because the socket is down */
@@ -285,6 +288,8 @@ export class Stream extends EventTarget {
   /** @param {import("./protocol.js").ChunkHeader} header @param {ArrayBuffer} payload */
   #chunk(header, payload) {
     this.figures.received(header);
+    this.digests.set(header.index, header.digest);
+    if (this.digests.size > DIGESTS_KEPT) this.digests.delete(/** @type {number} */ (this.digests.keys().next().value));
     this.recording?.add(header, payload);
     this.player?.take(header, payload);
   }

@@ -11,10 +11,11 @@ const TURN_MS = 6500;
 const REST_AFTER_MS = 10 * 60_000;
 
 export class Tour {
-  /** @param {(prompt: string, seed: number) => import("./tile.js").Tile} addTile */
-  constructor(addTile) {
-    this.steps = TOUR.map(() => 0);
-    this.tiles = TOUR.map(({ prompts, seed }) => addTile(prompts[0], seed));
+  /** @param {(prompt: string, seed: number) => import("./tile.js").Tile} addTile @param {number} [count] of streams */
+  constructor(addTile, count = TOUR.length) {
+    const places = TOUR.slice(0, count);
+    this.steps = places.map(() => 0);
+    this.tiles = places.map(({ prompts, seed }) => addTile(prompts[0], seed));
     this.turn = 0;
     this.startedMs = performance.now();
     this.timer = window.setTimeout(() => this.#next(), FIRST_TURN_MS);

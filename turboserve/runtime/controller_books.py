@@ -23,6 +23,7 @@ from turboserve.session import SessionRecord, SessionState, public_state
 OPS_KEPT = 4096
 PROFILING_MAX = 64
 DECISIONS_KEPT = 100
+FAILED_KEPT = 1024
 GATEWAY = "gateway"
 LAUNCHER = "launcher"
 OWNED_BY_GATEWAY = frozenset({SessionState.RUNNING, SessionState.STALLED, SessionState.PRECOPY})
@@ -224,8 +225,13 @@ class ControllerBooks:
         """Workers on their way, and since when."""
         self.old_moves: dict[str, list[tuple[str, int]]] = {}
         """Target -> (session, move_id) of an earlier controller's moves; the target is told when it says hello."""
+        self.struck: dict[str, tuple[int, list[str]]] = {}
+        """Worker -> (its epoch, sessions that were suspected) when it was lost last."""
+        self.failed: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        """Sessions that failed: code and message, for a gateway that missed it and asks for them."""
         self.stopping = False
         self.generation = 0
+        self._timer_s = float("inf")
         self._starting_rows: dict[str, int] = {}
         self._nodes: dict[str, int] = {}
         self._wishes = 0
@@ -307,6 +313,9 @@ class ControllerBooks:
     def _fail(self, live: Live, code: str, message: str) -> None:
         live.record.move(SessionState.FAILED, message)
         self._tell_session(live, code)
+        self.failed[live.record.session_id] = (code, message)
+        while len(self.failed) > FAILED_KEPT:
+            self.failed.popitem(last=False)
         self._forget(live, SessionState.FAILED)
 
     def _forget(self, live: Live, last: SessionState) -> None:

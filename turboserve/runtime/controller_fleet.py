@@ -43,6 +43,7 @@ class ControllerFleet(ControllerRecovery):
             refusal = m.Failure(code="overloaded", message=f"{len(self.workers)} workers are here already")
             self._out += [Send(source, refusal), Drop(source, "too many workers")]
             return
+        self._take_strikes_back(hello)
         asked_s = self.expected.pop(hello.worker_id, None)
         row = self._starting_rows.pop(hello.worker_id, None)
         if row is None and self._free_worker_rows:

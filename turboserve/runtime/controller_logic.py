@@ -36,6 +36,9 @@ from turboserve.runtime.controller_books import (
 from turboserve.runtime.controller_fleet import WORKERS_MAX, ControllerFleet
 from turboserve.session import SessionRecord, SessionState, public_state
 
+ANEW_BITS = 20
+"""A session that had epochs nobody remembers begins above all of them: each new record takes a range of its own."""
+
 
 class ControllerLogic(ControllerFleet):
     """One controller. All times are seconds of one monotonic clock, passed in."""
@@ -61,7 +64,12 @@ class ControllerLogic(ControllerFleet):
     def on_timer(self, now_s: float) -> list[Effect]:
         """Leases, deadlines, queue ages and the scheduler's own wake-up. Call it at least every `lease_s` / 4."""
         changed = False
+        stood_s = now_s - self._timer_s - self.lease_s / 4
+        self._timer_s = now_s
         for worker_id, worker in list(self.workers.items()):
+            if stood_s > 0:
+                # This process stood still and heard nobody: that was not the workers' silence.
+                worker.lease_until_s += stood_s
             if now_s > worker.lease_until_s:
                 self._lose_worker(worker_id, f"no heartbeat for {self.lease_s:g} s", now_s)
                 self._out.append(Drop(worker_id, "lease ran out"))
@@ -140,6 +148,10 @@ class ControllerLogic(ControllerFleet):
             self._tell_session(known)
             self._answer_state(asked.op_id, known)
             return
+        if asked.session_id in self.failed:
+            code, message = self.failed[asked.session_id]
+            self._answer(asked.op_id, code=code, message=message)
+            return
         if len(self._queue()) >= self.queue_max:
             self._answer(asked.op_id, code="overloaded", message="the queue is full", retry_after_s=5.0)
             return
@@ -152,7 +164,7 @@ class ControllerLogic(ControllerFleet):
             width=asked.width,
             height=asked.height,
             steps=asked.steps,
-            epoch=asked.epoch,
+            epoch=max(asked.epoch, self._store.next_epoch("anew") << ANEW_BITS) if asked.adopt else 0,
         )
         self._store.insert(record, m.encode(asked))
         live = self._add(record, asked, now_s)
@@ -211,6 +223,9 @@ class ControllerLogic(ControllerFleet):
             self._forget(live, SessionState.CLOSED)
         elif live is not None and (live.move is None or live.move.phase is not Phase.OPEN):
             self._recover(live, now_s, f"{source} does not have it")
+        elif released.session_id not in self.sessions:
+            # It may have written a point after the session had ended.
+            self._out.append(DropPoints(released.session_id))
         self._stop_if_empty(source)
         self._tick(now_s)
 

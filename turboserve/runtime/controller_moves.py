@@ -231,7 +231,7 @@ class ControllerMoves(ControllerBooks):
         known = self.sessions.get(opened.session_id)
         if known is None or opened.epoch < known.record.epoch:
             move = known.move if known is not None else None
-            if move is None or source not in (move.source, move.target):
+            if move is None or source != move.source or opened.epoch < move.source_epoch:
                 # Given up while the worker's channel was down: it says what it still holds, nobody else would free it.
                 self._send_close(source, opened.session_id, opened.epoch)
             return
@@ -413,6 +413,12 @@ class ControllerMoves(ControllerBooks):
         if worker is not None:
             worker.closing.add((session_id, epoch))
             self._out.append(Send(worker_id, m.CloseSession(session_id=session_id, epoch=epoch)))
+
+    def _send_close_old(self, worker_id: str, session_id: str, epoch: int) -> None:
+        """A worker speaks of a session that has ended, or that others own by now: nobody else would free it there."""
+        known = self.sessions.get(session_id)
+        if known is None or epoch < known.record.epoch:
+            self._send_close(worker_id, session_id, epoch)
 
     def _send_drop(self, worker_id: str, session_id: str, move_id: int) -> None:
         if worker_id in self.workers:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 
 from turboserve.orchestrator import view as views
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, Kind, Live, Phase, Send
+from turboserve.runtime.controller_books import GATEWAY, Kind, Live, Phase, Send, Worker
 from turboserve.runtime.controller_moves import ControllerMoves
 from turboserve.session import SessionRecord, SessionState
 
@@ -50,7 +50,7 @@ class ControllerRecovery(ControllerMoves):
             )
         )
         held = self._held_by(worker_id)
-        guilty = self._strike(held, now_s) if blame and worker.blamed else None
+        guilty = self._strike(worker, held, now_s) if blame and worker.blamed else None
         for live in held:
             if live.record.state is SessionState.CLOSING:
                 self._forget(live, SessionState.CLOSED)
@@ -76,6 +76,7 @@ class ControllerRecovery(ControllerMoves):
     def _recover(self, live: Live, now_s: float, why: str) -> None:
         """Nobody has it any more; whoever comes next begins at its newest recovery point."""
         record, move = live.record, live.move
+        live.adopt_by_s = None
         self._note(now_s, "recover", session=record.session_id, reason=why)
         if move is not None and move.kind is Kind.MIGRATE:
             if move.phase is Phase.OPEN and move.source in self.workers:
@@ -98,7 +99,7 @@ class ControllerRecovery(ControllerMoves):
         if record.state is SessionState.LOADING and not live.began:
             self._wait_again(live, now_s, why, pause=False)
             return
-        live.move, live.adopt_by_s = None, None
+        live.move = None
         if record.state is SessionState.RESUMING:
             self._wait_again(live, now_s, why, pause=False)
             return
@@ -118,14 +119,31 @@ class ControllerRecovery(ControllerMoves):
 
     # ------------------------------------------------------------------ suspects
 
-    def _strike(self, held: list[Live], now_s: float) -> Live | None:
+    def _strike(self, worker: Worker, held: list[Live], now_s: float) -> Live | None:
         """Note who was at work when the worker died; the session that did it, when that is certain."""
         at_work = [one for one in held if one.wanted and one.record.state not in (SessionState.CLOSING, *_WAITS)]
         for live in at_work:
             live.record.strikes += 1
             live.strike_index = max(live.strike_index, live.next_index)
+        if at_work:
+            self.struck[worker.hello.worker_id] = (
+                worker.hello.worker_epoch,
+                [live.record.session_id for live in at_work],
+            )
         suspects = [one for one in at_work if one.record.strikes >= STRIKES_MAX]
         return suspects[0] if len(suspects) == 1 else None
+
+    def _take_strikes_back(self, hello: m.WorkerHello) -> None:
+        """The same process is back: it was cut off or stood still, and no session had killed it."""
+        epoch, struck = self.struck.pop(hello.worker_id, (-1, []))
+        if epoch != hello.worker_epoch:
+            return
+        for live in (self.sessions.get(one) for one in struck):
+            if live is not None and live.record.strikes:
+                live.record.strikes -= 1
+                self._store.set_state(
+                    live.record.session_id, live.record.state, live.record.reason, live.record.strikes
+                )
 
     def _progress(self, source: str, beat: m.Heartbeat) -> None:
         """Chunks made clear a session of suspicion."""
@@ -168,7 +186,9 @@ class ControllerRecovery(ControllerMoves):
     def _on_SessionBroken(self, source: str, broken: m.SessionBroken, now_s: float) -> None:
         live = self._owned(source, broken.session_id, broken.epoch)
         # One that closes already is on its way out: its release ends it.
-        if live is not None and live.record.state is not SessionState.CLOSING:
+        if live is None:
+            self._send_close_old(source, broken.session_id, broken.epoch)
+        elif live.record.state is not SessionState.CLOSING:
             self._break(live, broken.chunk_index, broken.code or "session_failed", broken.message, now_s)
 
     def _on_SessionStuck(self, source: str, stuck: m.SessionStuck, now_s: float) -> None:

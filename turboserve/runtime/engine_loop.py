@@ -151,7 +151,10 @@ class EngineLoop:
         except Exception as error:  # whatever a model raises for one session must not end the others
             if is_fatal(error):
                 raise
+            # One that is held and cannot be adopted (it has just broken) is given up whole, not left without a name.
             self._epochs.pop(session_id, None)
+            self._stops.pop(session_id, None)
+            self._engine.close(session_id)
             self._post(e.OpenFailed(session_id, _code(error), str(error)), command.epoch)
             return
         self._epochs[session_id] = command.epoch

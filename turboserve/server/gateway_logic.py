@@ -301,9 +301,12 @@ class GatewayLogic:
                 session.queue_position = message.queue_position
                 session.pump(now_s)
                 self._schedule(session)
-        elif operation.message.adopt and message.code == "overloaded":
+        elif operation.message.adopt and message.code in ("overloaded", "conflict"):
             self._retries.append((now_s + RETRY_S, operation.sid))
             self._wake(now_s + RETRY_S)
+        elif operation.message.adopt:
+            session.fail(message.code, message.message, now_s)
+            self._finish_ended(now_s)
         else:
             session.end(message.code, 1000, now_s)
             self._finish_ended(now_s)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from turboserve.runtime import messages
 from turboserve.server.effects import Resolve, ToController
 from turboserve.server.gateway_records import error_of
@@ -67,8 +69,11 @@ class Operations:
         return self._by_session.get((sid, kind.__name__)) in self._open
 
     def send_again(self) -> None:
-        """The channel to the controller is there again."""
+        """The channel to the controller is there again. A session that it was to open may be there by now, or may have
+        been and failed: it is to be adopted."""
         for operation in self._open.values():
+            if isinstance(operation.message, messages.CreateSession):
+                operation.message = replace(operation.message, adopt=True)
             if operation.done is None:
                 self._outbox.put(ToController(operation.message))
 

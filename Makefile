@@ -12,7 +12,11 @@ BIN := .venv/bin
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: help setup serve test lint format bench score screenshots clean sanitize
+SCHEDULES ?= 10000
+SEEDS ?= 1000
+JOBS ?= $(shell nproc)
+
+.PHONY: simnet mutants help setup serve test lint format bench score screenshots clean sanitize
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +49,12 @@ bench: setup  ## the benches that run on this machine; rows go to bench/results/
 
 sanitize:  ## csrc/ under the address, undefined-behaviour and thread sanitizers
 	@csrc/sanitize.sh $(ARGS)
+
+simnet: .venv/.dev  ## the real protocol code under a seeded network with faults: make simnet SCHEDULES=10000
+	@$(BIN)/python tests/simnet/simnet.py --schedules $(SCHEDULES) --jobs $(JOBS) $(ARGS)
+
+mutants: .venv/.dev  ## deliberate bugs in the protocol code: each must be caught within SEEDS schedules
+	@$(BIN)/python tests/simnet/simnet.py --mutants --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
 
 score: setup  ## score the embedded model's videos against their prompts (about 12 minutes of one core)
 	@$(BIN)/turboserve score-shapes --full --out bench/results/shapes-score.$$(nproc)-core-$$(uname -m).json $(ARGS)

@@ -1,0 +1,304 @@
+"""Controller, launcher, and all processes of one server wired together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sim_gateway import SimGateway
+from sim_model import Oracle
+from sim_store import POINT_BYTES, Arena, CrashNow, SimDirectory, SimLog
+from sim_worker import CHUNK_S, SimWorker
+from sim_world import Channel, Links, Process, Violation, World
+
+from turboserve.orchestrator.latency import LatencyProfile
+from turboserve.orchestrator.scheduler import Memory, TickConfig, tick
+from turboserve.runtime import messages as m
+from turboserve.runtime.controller_books import GATEWAY, Drop, DropFile, DropPoints, Load, Send, Spill
+from turboserve.runtime.controller_logic import ControllerLogic
+
+LAUNCHER = "launcher"
+LEASE_S = 1.0
+HEARTBEAT_S = 0.25
+SWEEP_S = 2.0
+SLOTS = 8
+CAPACITY = 4
+TICK = TickConfig(migrate=True, scale=False)
+
+
+def profile() -> LatencyProfile:
+    return LatencyProfile(
+        name="toy",
+        about="simulated network",
+        chunk_s=CHUNK_S,
+        chunk_target_s=CHUNK_S,
+        batch_latency_s=tuple(0.05 + 0.08 * n for n in range(1, SLOTS + 1)),
+        capacity=CAPACITY,
+        resident_max=SLOTS,
+        denoise_steps=4,
+        denoise_steps_floor=4,
+        step_latency_share=0.8,
+    )
+
+
+class SimController(Process):
+    """The controller process around the real `ControllerLogic`."""
+
+    def __init__(self, world: World, directory: SimDirectory, arena: Arena, workers: int) -> None:
+        super().__init__(world, "controller")
+        self.directory = directory
+        self.arena = arena
+        self.worker_count = workers
+        self.on_crash: Callable[[], None] = lambda: None
+        self.to_launcher: Callable[[m.FleetWish], None] = lambda wish: None
+        self._channels: dict[str, Channel] = {}
+
+    def start(self) -> None:
+        self.born()
+        self._channels = {}
+        self.add_ops: set[int] = set()
+        self.added = 0
+        self.logic = ControllerLogic(
+            self.directory,
+            lambda view, memory, now_s: tick(view, memory, now_s, TICK),
+            profile(),
+            lease_s=LEASE_S,
+            queue_age_max_s=200.0,
+            workers=self.worker_count,
+            memory=Memory(),
+            move_deadline_s=3.0,
+        )
+        self.logic.generation = self.directory.next_epoch("controller")
+        stored, moves = [], {}
+        for row in self.directory.stored():
+            if row.move_id:
+                moves[row.record.session_id] = (row.move_id, row.move_target)
+            stored.append((row.record, m.decode(row.request)))
+        on_disk = dict.fromkeys(self.arena.disk, POINT_BYTES)
+        self._guard(lambda: self.logic.take_over(stored, self.world.now_s, moves, on_disk) or [])
+        self._sweep_at_s = self.world.now_s + SWEEP_S
+        self._timer()
+
+    def _guard(self, act: Callable[[], Any]) -> None:
+        """Carry out an event's effects; a crash in the directory ends the process there and then."""
+        try:
+            effects = act()
+        except CrashNow:
+            self.world.note("crash in the directory")
+            self.directory.crash_in = 0
+            self.on_crash()
+            return
+        for effect in effects:
+            self._carry_out(effect)
+
+    def _carry_out(self, effect: Any) -> None:
+        match effect:
+            case DropPoints():
+                if effect.session_id in self.directory.rows:
+                    raise Violation("I6 the copy of a session that goes on is freed")
+                self.arena.drop(effect.session_id)
+            case Spill():
+                sid = effect.session_id
+                self.later(0.05, lambda: self._spilled(sid))
+            case Load():
+                sid = effect.session_id
+                self.later(0.03, lambda: self._loaded(sid))
+            case DropFile():
+                self.arena.disk.pop(effect.session_id, None)
+            case Drop():
+                if channel := self._channels.get(effect.to):
+                    channel.shut(self)
+                    self._lost(effect.to, channel)
+            case Send():
+                if effect.to == LAUNCHER:
+                    self._count_wish(effect.message)
+                    self.to_launcher(effect.message)
+                elif channel := self._channels.get(effect.to):
+                    channel.send(self, effect.message)
+
+    def _count_wish(self, wish: m.FleetWish) -> None:
+        """I9: one worker for each wish for one, however often this controller heard it."""
+        self.added += wish.kind == "add"
+        if self.added > len(self.add_ops):
+            raise Violation("I9 one wish for a worker was carried out twice")
+
+    def _spilled(self, sid: str) -> None:
+        size = 0 if self.arena.full else self.arena.spill(sid)
+        self._guard(lambda: self.logic.spilled(sid, size, self.world.now_s))
+
+    def _loaded(self, sid: str) -> None:
+        size = self.arena.load(sid)
+        self._guard(lambda: self.logic.loaded(sid, size, self.world.now_s))
+
+    def _timer(self) -> None:
+        self._guard(lambda: self.logic.on_timer(self.world.now_s))
+        if self.world.now_s >= self._sweep_at_s:  # as runtime/controller_points.py does
+            self._sweep_at_s = self.world.now_s + SWEEP_S
+            for sid in {*self.arena.points, *self.arena.disk}:
+                if sid not in self.logic.sessions:
+                    self.arena.drop(sid)
+        self.later(0.1, self._timer)
+
+    def accept(self, channel: Channel) -> None:
+        """A peer; its first message says who it is."""
+        name = ""
+
+        def hear(message: Any) -> None:
+            nonlocal name
+            if not name:
+                name = GATEWAY if isinstance(message, m.GatewayHello) else message.worker_id
+                old = self._channels.pop(name, None)
+                self._channels[name] = channel
+                if old is not None:
+                    old.shut(self)
+            if isinstance(message, m.AdminCommand) and message.kind == "add_workers":
+                self.add_ops.add(message.op_id)
+            self._guard(lambda: self.logic.on_message(name, message, self.world.now_s))
+
+        channel.on_message[self] = hear
+        channel.on_close[self] = lambda: self._lost(name, channel)
+
+    def _lost(self, name: str, channel: Channel) -> None:
+        if self._channels.get(name) is channel:
+            del self._channels[name]
+            self._guard(lambda: self.logic.on_disconnect(name, self.world.now_s))
+
+    def hear_launcher(self, event: m.FleetEvent) -> None:
+        self.later(0.005, lambda: self._guard(lambda: self.logic.on_message(LAUNCHER, event, self.world.now_s)))
+
+
+class Cluster:
+    """Everything of one server. What it holds beyond processes (arena, directory, log) survives them."""
+
+    def __init__(self, world: World, workers: int) -> None:
+        self.world = world
+        self.links = Links(world)
+        self.oracle = Oracle()
+        self.arena = Arena(world, capacity=64)
+        self.directory = SimDirectory(world)
+        self.log = SimLog(world, self.oracle)
+        self.gateway = SimGateway(world, self.log)
+        self.controller = SimController(world, self.directory, self.arena, workers)
+        self.workers: dict[str, SimWorker] = {}
+        self.gone: set[str] = set()
+        self.faults_on = True
+        self._count = 0
+        self.controller.on_crash = lambda: self.kill(self.controller)
+        self.controller.to_launcher = self._wish
+        self.gateway.connect = self._gateway_to_controller
+        self.gateway.on_accept = self._accepted
+        self.arena.on_commit = self._point
+        self.controller.start()
+        for _ in range(workers):
+            self.add_worker()
+        self.gateway.start()
+
+    def add_worker(self, name: str = "") -> SimWorker:
+        if not name:
+            name = f"w{self._count}"
+        self._count += 1
+        worker = SimWorker(self.world, name, arena=self.arena, oracle=self.oracle, slots=SLOTS, heartbeat_s=HEARTBEAT_S)
+        worker.connect = self._worker_to
+        worker.on_exit = self._exited
+        worker.on_emit = self._emitted
+        self.workers[name] = worker
+        self.world.at(0.2, lambda: self._start(worker))
+        return worker
+
+    def _start(self, worker: SimWorker) -> None:
+        if not worker.alive and worker.name not in self.gone:
+            worker.start()
+            self._tell(worker.name, "started")
+
+    # ------------------------------------------------------------------ wiring
+
+    def _worker_to(self, worker: SimWorker, to: str) -> Channel | None:
+        peer: Any = self.gateway if to == "gateway" else self.controller
+        if (
+            not peer.alive
+            or self.links.blocked_s(worker.name, peer.name)
+            or self.links.blocked_s(peer.name, worker.name)
+        ):
+            return None
+        channel = Channel(self.links, worker, peer)
+        (peer.accept_worker if peer is self.gateway else peer.accept)(channel)
+        return channel
+
+    def _gateway_to_controller(self) -> Channel | None:
+        gateway, controller = self.gateway, self.controller
+        blocked = self.links.blocked_s("gateway", "controller") or self.links.blocked_s("controller", "gateway")
+        if not controller.alive or blocked:
+            return None
+        channel = Channel(self.links, gateway, controller)
+        controller.accept(channel)
+        return channel
+
+    # ------------------------------------------------------------------ launcher
+
+    def _tell(self, worker_id: str, kind: str, code: int = 0) -> None:
+        if self.controller.alive:
+            self.controller.hear_launcher(m.FleetEvent(worker_id=worker_id, kind=kind, exit_code=code))
+
+    def kill(self, process: Process) -> None:
+        """kill -9, and the launcher starts it again."""
+        if not process.alive:
+            return
+        self.world.note("kill", process.name)
+        process.die()
+        if isinstance(process, SimWorker):
+            self._tell(process.name, "backing_off")
+            self.world.at(0.3 + self.world.rng.random(), lambda: self._start(process))
+        else:
+            restart: Any = process
+            self.world.at(0.1 + self.world.rng.random() * 0.5, lambda: None if restart.alive else restart.start())
+
+    def _exited(self, worker: SimWorker, code: int, reason: str) -> None:
+        if code == 0 and "drained" in reason and worker.engine.held:
+            raise Violation("I12 a drained worker ends and owns something")
+        if code == 0:
+            self.gone.add(worker.name)
+            self._tell(worker.name, "exited")
+        else:
+            self._tell(worker.name, "backing_off")
+            self.world.at(0.5, lambda: self._start(worker))
+
+    def _wish(self, wish: m.FleetWish) -> None:
+        worker = self.workers.get(wish.worker_id)
+        if wish.kind == "add":
+            if worker is None:
+                self.add_worker(wish.worker_id)
+            elif wish.worker_id in self.gone:
+                self.gone.discard(wish.worker_id)
+                self.world.at(0.2, lambda: self._start(worker))
+        elif wish.kind == "remove" and worker is not None and worker.alive:
+            worker.call(worker.terminate)()
+        elif wish.kind == "kill" and worker is not None:
+            self.kill(worker)
+
+    @property
+    def serving(self) -> list[SimWorker]:
+        """Workers that the launcher keeps up."""
+        return [one for one in self.workers.values() if one.name not in self.gone]
+
+    # ------------------------------------------------------------------ what is watched at every event of its kind
+
+    def _accepted(self, sid: str, epoch: int, worker: str) -> None:
+        owner = self.directory.owners.get((sid, epoch))
+        if owner != worker:
+            raise Violation(f"I1 a chunk of {worker} was accepted under epoch {epoch}, which is {owner}'s")
+
+    def _point(self, sid: str, point: Any) -> None:
+        frontier = self.log.frontier.get(sid, 0)
+        if point.next_index - len(point.made) > frontier:
+            raise Violation(
+                f"I5 a recovery point at {point.next_index} with {len(point.made)} chunks; the viewer holds {frontier}"
+            )
+        if point.digest != (self.oracle.sessions[sid].digest(point.next_index - 1) if point.next_index else ""):
+            raise Violation("I3 a recovery point is not that of the undisturbed run")
+
+    def _emitted(self, worker: SimWorker, chunk: Any, epoch: int) -> None:
+        session = worker.logic.sessions.get(chunk.session_id)
+        if session is None or session.epoch != epoch:
+            raise Violation("I1 a chunk leaves under an epoch that its worker does not hold")
+        if self.world.now_s > max(worker.heard_s, worker.lease_heard_s) + LEASE_S + 1e-6:
+            raise Violation("I13 a chunk leaves after its worker's lease")

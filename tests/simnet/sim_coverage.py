@@ -1,0 +1,31 @@
+"""What schedules must have reached for a run to count: moves of the session table, and faults in the states they matter
+in. A run of fewer than 1,000 schedules is not asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+MOVES = (
+    *("queued -> loading", "loading -> running", "loading -> stalled", "loading -> queued", "loading -> recovering"),
+    *("running -> stalled", "stalled -> running", "running -> offloading", "stalled -> offloading"),
+    *("offloading -> host", "offloading -> recovering", "host -> resuming", "resuming -> running"),
+    *("resuming -> host", "running -> precopy", "stalled -> precopy", "precopy -> handover", "precopy -> running"),
+    *("precopy -> recovering", "handover -> running", "handover -> recovering", "running -> recovering"),
+    *("stalled -> recovering", "recovering -> loading", "recovering -> host", "running -> closing"),
+    *("stalled -> closing", "closing -> closed"),
+)
+FAULTS = (
+    *("kill_worker", "kill_gateway", "kill_controller", "crash_directory", "stop_worker", "stop_controller"),
+    *("cut", "partition", "arena_full"),
+)
+STATES = ("loading", "running", "stalled", "offloading", "host", "resuming", "precopy", "handover", "recovering")
+TEN_THOUSAND = 10_000
+
+
+def missing(coverage: Counter[str], schedules: int, per_ten_thousand: int = 100) -> list[str]:
+    """What was reached less often than it must be."""
+    if schedules < 1000:
+        return []
+    least = max(1, per_ten_thousand * schedules // TEN_THOUSAND)
+    wanted = [*MOVES, *(f"{fault} x {state}" for fault in FAULTS for state in STATES)]
+    return [f"{name}: {coverage[name]} of {least}" for name in wanted if coverage[name] < least]

@@ -1,0 +1,406 @@
+"""A worker process: the real `WorkerLogic`, an engine that hashes instead of computing, and the I/O between them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sim_model import Oracle, first_state, make_chunk
+from sim_store import POINT_BYTES, Arena, Point
+from sim_world import Channel, Process, Violation, World
+
+from turboserve.digest import next_digest
+from turboserve.geometry import SlotGeometry
+from turboserve.model.interface import ChunkRequest, ModelSpec
+from turboserve.runtime import messages as m
+from turboserve.runtime import worker_events as e
+from turboserve.runtime.worker_books import CONTROLLER, GATEWAY, Action, Beat, Drop, Emit, Send, Stop
+from turboserve.runtime.worker_events import KEPT_CHUNKS
+from turboserve.runtime.worker_logic import WorkerLogic
+
+NO_EPOCH = -1
+SIZE = 4
+CHUNK_S = 0.4
+SPEC = ModelSpec(
+    name="toy",
+    model_hash="toy",
+    width=SIZE,
+    height=SIZE,
+    fps=10.0,
+    chunk_frames_first=4,
+    chunk_frames_rest=4,
+    slot=SlotGeometry(chunk_latent_frames=1, tokens_per_latent_frame=1, sink_latent_frames=1, window_latent_frames=3),
+    denoise_steps=4,
+    denoise_steps_floor=1,
+)
+
+
+@dataclass
+class Held:
+    """One session in the toy engine. `work` is the chunk being made."""
+
+    epoch: int
+    seed: int
+    state: bytes
+    next_index: int = 0
+    digest: str = ""
+    made: list[e.FinishedChunk] = field(default_factory=list)
+    queue: deque[ChunkRequest] = field(default_factory=deque)
+    work: ChunkRequest | None = None
+    stop: e.Stop | None = None
+    broken: bool = False
+    turn: int = 0
+
+
+class ToyEngine:
+    """Carries out engine commands as runtime/engine_loop.py does: at chunk boundaries, each answer under the epoch that
+    the session was opened under."""
+
+    def __init__(self, worker: SimWorker, slots: int) -> None:
+        self.worker = worker
+        self.world = worker.world
+        self.slots = slots
+        self.held: dict[str, Held] = {}
+        self.prepared: dict[str, int] = {}
+        self.paused = True
+        self._taken_s = self._posted_s = 0.0
+
+    @property
+    def used(self) -> int:
+        return len(self.held) + len(self.prepared)
+
+    def command(self, command: e.EngineCommand) -> None:
+        """Queue a command; the engine's thread takes it a moment later."""
+        self._taken_s = max(self._taken_s, self.world.now_s + self.world.rng.random() * 0.004)
+        self.worker.later(self._taken_s - self.world.now_s, lambda: self._obey(command))
+
+    def _post(self, event: e.EngineEvent, epoch: int) -> None:
+        self._posted_s = max(self._posted_s, self.world.now_s + self.world.rng.random() * 0.002)
+        self.worker.later(self._posted_s - self.world.now_s, lambda: self.worker.engine_event(event, epoch))
+
+    def _obey(self, command: e.EngineCommand) -> None:
+        match command:
+            case e.Hold():
+                self.paused = command.hold
+                if not self.paused:
+                    for sid in list(self.held):
+                        self._work(sid)
+            case e.Open():
+                self._open(command)
+            case e.Prepare():
+                if command.session_id not in self.prepared:
+                    if self.used >= self.slots:
+                        failed = e.PrepareFailed(command.session_id, command.move_id, "pool_exhausted", "no slot")
+                        self._post(failed, NO_EPOCH)
+                        return
+                    self.prepared[command.session_id] = command.move_id
+                self._post(e.Prepared(command.session_id, command.move_id), NO_EPOCH)
+            case e.DropPrepared():
+                self.prepared.pop(command.session_id, None)
+            case _:
+                self._about_held(command)
+
+    def _about_held(self, command: Any) -> None:
+        held = self.held.get(command.session_id)
+        if held is None or held.epoch != command.epoch:
+            if isinstance(command, e.Close):
+                self._post(e.Closed(command.session_id), command.epoch)
+            return
+        if isinstance(command, e.Close):
+            del self.held[command.session_id]
+            self._post(e.Closed(command.session_id), command.epoch)
+        elif isinstance(command, e.Stop):
+            held.queue.clear()
+            held.stop = command
+            self._stop_at_boundary(command.session_id, held)
+        elif not held.broken:
+            request = command.request
+            expected = held.next_index + len(held.queue) + (held.work is not None)
+            if request.chunk_index != expected:
+                raise Violation(f"engine: chunk {request.chunk_index} submitted, {expected} is next")
+            held.queue.append(request)
+            self._work(command.session_id)
+
+    def _open(self, command: e.Open) -> None:
+        sid = command.session_id
+        held = self.held.get(sid)
+        if command.adopt_epoch is not None:
+            if held is not None and held.broken:
+                del self.held[sid]
+                self._post(e.OpenFailed(sid, "session_poisoned", "it is broken"), command.epoch)
+                return
+            if held is not None and held.epoch == command.adopt_epoch:
+                held.epoch, held.stop, held.work = command.epoch, None, None
+                held.turn += 1
+                held.queue.clear()
+                self._post(e.Opened(sid, held.next_index, adopted=True), command.epoch)
+                return
+            if not command.restore:
+                self._post(e.OpenFailed(sid, "not_found", "not on this worker any more"), command.epoch)
+                return
+        if held is not None:
+            raise Violation("engine: a session is opened that is held already", command, held)
+        reserved = self.prepared.pop(sid, None) is not None
+        if not reserved and self.used >= self.slots:
+            self._post(e.OpenFailed(sid, "pool_exhausted", "no slot"), command.epoch)
+            return
+        point = self.worker.arena.latest(sid) if command.restore else None
+        if point is None:
+            self.held[sid] = Held(command.epoch, command.seed, first_state(command.seed))
+            self._post(e.Opened(sid), command.epoch)
+            return
+        self.held[sid] = Held(
+            command.epoch, command.seed, point.state, point.next_index, point.digest, list(point.made)
+        )
+        self._post(e.Opened(sid, point.next_index, restored=True, made=point.made), command.epoch)
+
+    def _work(self, sid: str) -> None:
+        held = self.held.get(sid)
+        if held is None or held.work is not None or not held.queue or self.paused or held.stop or held.broken:
+            return
+        request = held.work = held.queue.popleft()
+        control = request.control
+        self.worker.oracle.check_begin(sid, request.chunk_index, request.steps, control.version, control.prompt)
+        held.turn += 1
+        turn = held.turn
+        took_s = 0.03 + self.world.rng.random() * 0.05 + 0.02 * len(self.held)
+        self.worker.later(took_s * self.worker.slowness, lambda: self._finish(sid, turn))
+
+    def _finish(self, sid: str, turn: int) -> None:
+        held = self.held.get(sid)
+        if held is None or held.work is None or held.turn != turn:
+            return
+        if self.paused:  # the chunk in work waits for the lease
+            self.worker.later(0.05, lambda: self._finish(sid, turn))
+            return
+        request, held.work = held.work, None
+        if self.worker.breaks(sid, request.chunk_index):
+            held.broken = True
+            held.queue.clear()
+            self._post(
+                e.BrokenSession(session_id=sid, chunk_index=request.chunk_index, code="x", message="m"), held.epoch
+            )
+            return
+        control = request.control
+        frames, held.state = make_chunk(
+            held.state, held.seed, request.chunk_index, request.steps, control.version, control.prompt
+        )
+        digest = next_digest(held.digest, frames)
+        chunk = e.FinishedChunk(
+            session_id=sid,
+            chunk_index=request.chunk_index,
+            frames=frames,  # type: ignore[arg-type]
+            digest=digest,
+            digest_prev=held.digest,
+            steps=request.steps,
+            prompt_version=control.version,
+            wait_s=0.0,
+            denoise_s=0.0,
+            decode_s=0.0,
+            batch_size=1.0,
+        )
+        held.digest = digest
+        held.next_index += 1
+        held.made = [*held.made, chunk][-KEPT_CHUNKS:]
+        self.worker.figures_chunks[sid] = held.next_index
+        self._post(chunk, held.epoch)
+        if self.worker.write_through and held.stop is None:
+            self._write_point(sid, held)
+        self._stop_at_boundary(sid, held)
+        self._work(sid)
+
+    def _write_point(self, sid: str, held: Held) -> bool:
+        return self.worker.arena.put(sid, Point(held.epoch, held.next_index, held.state, held.digest, tuple(held.made)))
+
+    def _stop_at_boundary(self, sid: str, held: Held) -> None:
+        stop = held.stop
+        if stop is None or held.work is not None:
+            return
+        held.stop = None
+        if held.broken or not self._write_point(sid, held):
+            code, message = ("session_poisoned", "broken") if held.broken else ("arena_full", "no room")
+            self._post(e.StopFailed(sid, held.next_index, code, message), held.epoch)
+            self._work(sid)
+            return
+        if stop.release:
+            del self.held[sid]
+        self._post(e.Stopped(sid, held.next_index, POINT_BYTES), held.epoch)
+
+
+class SimWorker(Process):
+    """One worker process and its two channels. `wiring` is what the launcher gave it."""
+
+    def __init__(
+        self, world: World, name: str, *, arena: Arena, oracle: Oracle, slots: int, heartbeat_s: float
+    ) -> None:
+        super().__init__(world, name)
+        self.arena = arena
+        self.oracle = oracle
+        self.slots = slots
+        self.heartbeat_s = heartbeat_s
+        self.write_through = True
+        self.slowness = 1.0
+        self.poison: set[str] = set()
+        self.ring_full_until_s = 0.0
+        self.connect: Callable[[SimWorker, str], Channel | None] = lambda worker, to: None
+        self.on_exit: Callable[[SimWorker, int, str], None] = lambda worker, code, reason: None
+        self.on_emit: Callable[[SimWorker, e.FinishedChunk, int], None] = lambda worker, chunk, epoch: None
+        self.figures_chunks: dict[str, int] = {}
+        self._channels: dict[str, Channel] = {}
+        self._outgoing: deque[Emit] = deque()
+        self._pumping = False
+        self.heard_s = self.lease_heard_s = 0.0
+
+    def start(self) -> None:
+        self.born()
+        self.figures_chunks = {}
+        self._channels.clear()
+        self._outgoing.clear()
+        self._pumping = False
+        hello = m.WorkerHello(
+            worker_id=self.name,
+            worker_epoch=self.life,
+            pid=self.life,
+            node="node",
+            model="toy",
+            model_hash="toy",
+            numerics_id="n",
+            device="cpu",
+            device_class="cpu",
+            slot_count=self.slots,
+            capacity=self.slots,
+            session_bytes=POINT_BYTES,
+            ring_fd=3,
+        )
+        self.engine = ToyEngine(self, self.slots)
+        self.logic = WorkerLogic(hello, SPEC, heartbeat_s=self.heartbeat_s, leave_timeout_s=4.0, prepared_keep_s=4.0)
+        self.apply(self.logic._flush())
+        for to in (CONTROLLER, GATEWAY):
+            self._reconnect(to)
+        self._timer()
+
+    def breaks(self, sid: str, index: int) -> bool:
+        """A pass that fails: once for this life."""
+        if sid in self.poison:
+            self.poison.discard(sid)
+            return True
+        return False
+
+    # ------------------------------------------------------------------ channels and time
+
+    def _reconnect(self, to: str) -> None:
+        channel = self.connect(self, to)
+        if channel is None:
+            self.later(0.05 + self.world.rng.random() * 0.2, lambda: self._reconnect(to))
+            return
+        self._channels[to] = channel
+        channel.on_message[self] = lambda message: self._hear(to, message)
+        channel.on_close[self] = lambda: self._closed(to, channel)
+        self.apply(self.logic.on_connect(to, self.world.now_s))
+
+    def _hear(self, to: str, message: Any) -> None:
+        if to == GATEWAY:
+            self.heard_s = self.world.now_s
+        elif isinstance(message, m.Lease):
+            self.lease_heard_s = self.world.now_s
+        self.apply(self.logic.on_message(to, message, self.world.now_s))
+
+    def _closed(self, to: str, channel: Channel) -> None:
+        if self._channels.get(to) is channel:
+            del self._channels[to]
+            self.apply(self.logic.on_disconnect(to, self.world.now_s))
+            self.later(0.05 + self.world.rng.random() * 0.2, lambda: self._reconnect(to))
+
+    def _timer(self) -> None:
+        self.apply(self.logic.on_timer(self.world.now_s))
+        wait_s = self.logic.wake_at_s - self.world.now_s
+        self.later(min(0.25, max(0.01, wait_s)), self._timer)
+
+    def engine_event(self, event: e.EngineEvent, epoch: int) -> None:
+        self.apply(self.logic.on_engine(event, epoch, self.world.now_s))
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.apply(self.logic.on_terminate(self.world.now_s))
+
+    # ------------------------------------------------------------------ actions
+
+    def apply(self, actions: list[Action]) -> None:
+        for action in actions:
+            if not self.alive:
+                return
+            match action:
+                case Send():
+                    if channel := self._channels.get(action.to):
+                        channel.send(self, action.message)
+                case Emit():
+                    self._outgoing.append(action)
+                    self._pump()
+                case Beat():
+                    self._beat()
+                case Drop():
+                    raise Violation(f"worker drops {action.to}: {action.reason}")
+                case Stop():
+                    self._exit(action)
+                case _:
+                    self.engine.command(action)
+
+    def _beat(self) -> None:
+        if channel := self._channels.get(CONTROLLER):
+            beat = m.Heartbeat(
+                worker_id=self.name,
+                worker_epoch=self.life,
+                active=0,
+                resident=len(self.engine.held),
+                slots_free=self.slots - self.engine.used,
+                busy_share=0.0,
+                chunk_latency_ms=0.0,
+                batch_size_mean=1.0,
+                chunks=0,
+                passes=0,
+                device_bytes=0,
+                **({"progress": dict(self.figures_chunks)} if "progress" in m.Heartbeat.__struct_fields__ else {}),
+            )
+            channel.send(self, beat)
+
+    def _pump(self) -> None:
+        """Chunks leave in order; a full ring makes them wait."""
+        if self._pumping:
+            return
+        while self._outgoing:
+            wait_s = self.ring_full_until_s - self.world.now_s
+            if wait_s > 0:
+                self._pumping = True
+                self.later(wait_s, self._pump_again)
+                return
+            emit = self._outgoing.popleft()
+            channel = self._channels.get(GATEWAY)
+            chunk = self.logic.may_emit(emit, self.world.now_s)
+            if chunk is None or channel is None:
+                continue
+            self.on_emit(self, chunk, emit.epoch)
+            ready = m.ChunkReady(
+                session_id=emit.session_id,
+                epoch=emit.epoch,
+                chunk_index=chunk.chunk_index,
+                digest=chunk.digest,
+                digest_prev=chunk.digest_prev,
+                frames=4,
+                steps=chunk.steps,
+                prompt_version=chunk.prompt_version,
+            )
+            channel.send(self, ready, chunk.frames)
+            self.logic.did_emit(emit)
+
+    def _pump_again(self) -> None:
+        self._pumping = False
+        self._pump()
+
+    def _exit(self, action: Stop) -> None:
+        self.world.note("exit", self.name, action.code, action.reason)
+        for channel in list(self.channels):
+            channel.shut(self)
+        self.alive = False
+        self.on_exit(self, action.code, action.reason)

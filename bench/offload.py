@@ -228,7 +228,10 @@ def point_rows(rounds: int) -> Iterator[Row]:
             for one in shape.tail_fields
         )
         for ref in point.pages:
-            ours, theirs = shape.page_pieces(session.state, ref.chunk), shape.page_pieces(back.state, ref.chunk)
+            ours, theirs = (
+                shape.page_pieces(session.state.tensors, ref.chunk),
+                shape.page_pieces(back.state.tensors, ref.chunk),
+            )
             error = max(error, timing.max_rel_err(torch.cat(theirs).numpy(), torch.cat(ours).numpy()))
         packed = save_tensors(tensors)
 

@@ -214,7 +214,7 @@ def test_a_layout_without_pages_is_all_tail():
     shape = SnapshotShape(spec, layout, "n")
     assert (shape.page_bytes, shape.tail_bytes, shape.page_chunks(9)) == (0, 7, ())
     state = SessionTensors("a" * 26, 0, 0, {"x": torch.arange(7, dtype=torch.uint8), "s": torch.zeros(9)})
-    assert torch.cat(shape.tail_pieces(state)).tolist() == list(range(7))
+    assert torch.cat(shape.tail_pieces(state.tensors)).tolist() == list(range(7))
 
 
 def test_the_embedded_model_moves_to_the_bit_right_after_a_recache(stores):

@@ -16,7 +16,7 @@ gives back what it took and leaves that one in place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,18 +24,21 @@ import msgspec
 import numpy as np
 import torch
 
-from turboserve.errors import CorruptState, NotFound
+from turboserve.errors import CorruptState, InvalidRequest, NotFound
 from turboserve.model.interface import Control, SessionTensors, Update
-from turboserve.runtime.arena import ExtentId
+from turboserve.runtime.arena import Arena, ExtentId
+from turboserve.runtime.copy_engine import Copy, CopyEngine, copy_now, join_pieces
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.recovery_store import PageRef, RecoveryPoint, RecoveryStore
 from turboserve.runtime.session_tensors import HeldSession
-from turboserve.runtime.snapshot import SnapshotShape
+from turboserve.runtime.snapshot import SnapshotShape, field_pieces, tensor_addresses, view_addresses
 from turboserve.runtime.worker_events import FinishedChunk
 
 log = logging.getLogger(__name__)
 
 READ_ATTEMPTS = 3
+COPY_TIMEOUT_S = 60.0
+RunCopies = Callable[[Sequence[Copy]], None]
 _PAGE, _PROMPT, _FRAMES = "page", "prompt", "frames"
 
 
@@ -98,8 +101,10 @@ class Restored:
 class SessionPoints:
     """Writes and reads the recovery points of one worker's sessions. For the thread that owns the device."""
 
-    def __init__(self, store: RecoveryStore, shape: SnapshotShape) -> None:
+    def __init__(self, store: RecoveryStore, shape: SnapshotShape, copy: RunCopies = copy_now) -> None:
+        """`copy` runs a list of copies between tensors and the arena; `copies_for` makes the device's."""
         self._store = store
+        self._copy = copy
         self._shape = shape
         self._identity = PointIdentity(shape.spec.model_hash, shape.layout_hash, shape.numerics_id)
         self._prompted = [one for one in shape.tail_fields if one.update is Update.PER_PROMPT]
@@ -147,15 +152,7 @@ class SessionPoints:
                     put.append(ref)
                 now.frames[kept.chunk_index] = ref
             failpoint("worker.point.pages_written")
-            now.point = self._store.commit_point(
-                state.session_id,
-                epoch,
-                state.next_chunk_index,
-                pages=now.refs(),
-                tail=b"".join(_bytes_of(state.tensors[one.name]) for one in self._tail),
-                digest=bytes.fromhex(session.digest),
-                meta=self._meta(session),
-            )
+            now.point = self._commit_point(session, epoch, now.refs())
         except BaseException:
             for ref in put:
                 self._store.arena.free(ref.extent)
@@ -165,22 +162,43 @@ class SessionPoints:
         self._drop_before(before, now)
         return now.point
 
-    def _put_page(self, state: SessionTensors, epoch: int, chunk: int) -> PageRef:
-        key = f"{_PAGE}/{chunk}"
-        pending = self._store.begin_page(state.session_id, epoch, key, self._shape.page_bytes, chunk=chunk)
+    def _commit_point(self, session: HeldSession, epoch: int, pages: list[PageRef]) -> RecoveryPoint:
+        state = session.state
+        tail = tensor_addresses(field_pieces(self._tail, state.tensors))
+        pending = self._store.begin_point(
+            state.session_id,
+            epoch,
+            state.next_chunk_index,
+            pages=pages,
+            tail_bytes=sum(bytes_ for _, bytes_ in tail),
+            meta=self._meta(session),
+        )
         try:
-            at = 0
-            for view in self._page_views(state.tensors, chunk):
-                pending.reservation.write(at, _bytes_of(view))
-                at += view.nbytes
-            return pending.commit()
+            room = pending.reservation.addresses(pending.tail_offset, sum(bytes_ for _, bytes_ in tail))
+            self._copy(join_pieces(room, tail))
+            return pending.commit(bytes.fromhex(session.digest))
         except BaseException:
             pending.cancel()
             raise
 
+    def _put_page(self, state: SessionTensors, epoch: int, chunk: int) -> PageRef:
+        pieces = self._shape.page_pieces(state.tensors, chunk)
+        return self._put(state, epoch, f"{_PAGE}/{chunk}", chunk, pieces)
+
     def _put_prompt(self, state: SessionTensors, epoch: int) -> PageRef:
-        data = b"".join(_bytes_of(state.tensors[one.name]) for one in self._prompted)
-        return self._store.put_page(state.session_id, epoch, _PROMPT, data, chunk=state.next_chunk_index)
+        pieces = field_pieces(self._prompted, state.tensors)
+        return self._put(state, epoch, _PROMPT, state.next_chunk_index, pieces)
+
+    def _put(self, state: SessionTensors, epoch: int, key: str, chunk: int, pieces: list[torch.Tensor]) -> PageRef:
+        sources = tensor_addresses(pieces)
+        bytes_ = sum(count for _, count in sources)
+        pending = self._store.begin_page(state.session_id, epoch, key, bytes_, chunk=chunk)
+        try:
+            self._copy(join_pieces(pending.reservation.addresses(), sources))
+            return pending.commit()
+        except BaseException:
+            pending.cancel()
+            raise
 
     def _meta(self, session: HeldSession) -> bytes:
         state = session.state
@@ -246,6 +264,7 @@ class SessionPoints:
                 return self._read(state, point, meta, loaded)
             except (NotFound, CorruptState) as error:
                 log.warning("recovery point of %s ended while it was read: %s", state.session_id, error)
+                loaded = {}  # what was read ahead may lie under pages of this attempt
         return None
 
     def _fitting(self, state: SessionTensors, point: RecoveryPoint) -> _Meta | None:
@@ -272,12 +291,13 @@ class SessionPoints:
                     self._load_page(state.tensors, ref)
                 written.pages[ref.chunk] = ref
             elif kind == _PROMPT:
-                _fill([state.tensors[one.name] for one in self._prompted], self._bytes(ref))
+                self._load(field_pieces(self._prompted, state.tensors), ref)
                 written.prompt = ref
             else:
                 frames[ref.chunk] = self._bytes(ref)
                 written.frames[ref.chunk] = ref
-        _fill([state.tensors[one.name] for one in self._tail], b"".join(self._store.read_tail(point)))
+        tail = view_addresses(self._store.read_tail(point))
+        self._copy(_joined(tensor_addresses(field_pieces(self._tail, state.tensors)), tail))
         if self._store.arena.get(point.extent.id) is None:
             raise NotFound("the point was dropped")
         state.next_chunk_index = point.chunk
@@ -296,33 +316,36 @@ class SessionPoints:
         return data
 
     def _load_page(self, tensors: Mapping[str, torch.Tensor], ref: PageRef) -> None:
-        _fill(self._page_views(tensors, ref.chunk), self._bytes(ref))
+        self._load(self._shape.page_pieces(tensors, ref.chunk), ref)
 
-    def _page_views(self, tensors: Mapping[str, torch.Tensor], chunk: int) -> list[torch.Tensor]:
-        """A chunk's slice of every paged field, where it lies."""
-        page = self._shape.spec.slot.page_of_chunk(chunk)
-        views = []
-        for one in self._shape.page_fields:
-            assert one.page_axis is not None
-            views.append(tensors[one.name].select(one.page_axis, page))
-        return views
+    def _load(self, pieces: list[torch.Tensor], ref: PageRef) -> None:
+        """Into tensors, of an extent that was still there afterwards."""
+        sources = view_addresses(self._store.read_page(ref, verify=False))
+        self._copy(_joined(tensor_addresses(pieces), sources))
+        if self._store.arena.get(ref.extent) is None:
+            raise NotFound(f"page {ref.key} was dropped")
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes, row-major, in host memory; a view where they lie so already."""
-    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+def copies_for(device: torch.device, arena: Arena) -> RunCopies:
+    """How copies between a device's tensors and the arena are run: in this thread on a CPU; on CUDA by the copy engine
+    from and to the page-locked arena, after what is on the current stream."""
+    if device.type == "cpu":
+        return copy_now
+    arena.pin()
+    engine = CopyEngine(str(device))
+
+    def run(copies: Sequence[Copy]) -> None:
+        engine.submit(copies, after_stream=torch.cuda.current_stream(device).cuda_stream).wait(COPY_TIMEOUT_S)
+
+    return run
 
 
-def _fill(tensors: Sequence[torch.Tensor], data: bytes) -> None:
-    """Bytes laid end to end, back into tensors. CorruptState when they are too few or too many."""
-    if sum(one.nbytes for one in tensors) != len(data):
-        raise CorruptState(f"{len(data)} B of state", expected=f"{sum(one.nbytes for one in tensors)} B")
-    at = 0
-    for one in tensors:
-        if one.nbytes:
-            raw = torch.frombuffer(bytearray(data[at : at + one.nbytes]), dtype=one.dtype)
-            one.copy_(raw.reshape(one.shape))
-        at += one.nbytes
+def _joined(targets: list[tuple[int, int]], sources: list[tuple[int, int]]) -> list[Copy]:
+    """CorruptState when a point's bytes are too few or too many for the tensors."""
+    try:
+        return join_pieces(targets, sources)
+    except InvalidRequest as error:
+        raise CorruptState(f"a recovery point of another size: {error}") from None
 
 
 def _shape4(frames: np.ndarray) -> tuple[int, int, int, int]:

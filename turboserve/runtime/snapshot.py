@@ -15,7 +15,7 @@ session of one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,11 @@ def contiguous_pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [piece for row in tensor.unbind(0) for piece in contiguous_pieces(row)]
 
 
+def field_pieces(fields: Sequence[Field], tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The memory of whole fields, in their order."""
+    return [piece for one in fields for piece in contiguous_pieces(tensors[one.name])]
+
+
 class SnapshotShape:
     """What a worker's sessions look like as bytes: from its model, whose runtime numerics have an id."""
 
@@ -92,18 +97,18 @@ class SnapshotShape:
         scratch = slot.page_of_chunk(next_chunk_index)
         return tuple(chunk for page, chunk in slot.resident_chunks(next_chunk_index) if page != scratch)
 
-    def page_pieces(self, state: SessionTensors, chunk: int) -> list[torch.Tensor]:
+    def page_pieces(self, tensors: Mapping[str, torch.Tensor], chunk: int) -> list[torch.Tensor]:
         """The session's memory of one chunk's page, in the order of its bytes: field by field, layer by layer."""
         page = self.spec.slot.page_of_chunk(chunk)
         pieces = []
         for one in self.page_fields:
             assert one.page_axis is not None
-            pieces += contiguous_pieces(state.tensors[one.name].select(one.page_axis, page))
+            pieces += contiguous_pieces(tensors[one.name].select(one.page_axis, page))
         return pieces
 
-    def tail_pieces(self, state: SessionTensors) -> list[torch.Tensor]:
+    def tail_pieces(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The session's memory of the tail, in the order of its bytes."""
-        return [piece for one in self.tail_fields for piece in contiguous_pieces(state.tensors[one.name])]
+        return field_pieces(self.tail_fields, tensors)
 
     def header(self, session: HeldSession) -> bytes:
         """The packed header of a session at a chunk boundary."""
@@ -205,7 +210,7 @@ class SessionWriter:
                 state.session_id, self.epoch, f"kv/{chunk}", self._shape.page_bytes, chunk=chunk
             )
             try:
-                sources = tensor_addresses(self._shape.page_pieces(state, chunk))
+                sources = tensor_addresses(self._shape.page_pieces(state.tensors, chunk))
                 self._copy(join_pieces(pending.reservation.addresses(), sources))
                 ref = pending.commit()
             except BaseException:
@@ -238,7 +243,7 @@ class SessionWriter:
         )
         try:
             targets = pending.reservation.addresses(pending.tail_offset, self._shape.tail_bytes)
-            self._copy(join_pieces(targets, tensor_addresses(self._shape.tail_pieces(state))))
+            self._copy(join_pieces(targets, tensor_addresses(self._shape.tail_pieces(state.tensors))))
             for index, view in enumerate(views):
                 pending.write_frames(index, view)
             point = pending.commit(bytes.fromhex(session.digest))
@@ -253,10 +258,10 @@ def read_copies(store: RecoveryStore, shape: SnapshotShape, point: RecoveryPoint
     """The copies that bring a point's bytes into a session's tensors, pages (oldest first) before the tail."""
     copies: list[Copy] = []
     for page in point.pages:
-        targets = tensor_addresses(shape.page_pieces(state, page.chunk))
+        targets = tensor_addresses(shape.page_pieces(state.tensors, page.chunk))
         copies += join_pieces(targets, view_addresses(store.read_page(page)))
     tail = view_addresses(store.read_tail(point))
-    return copies + join_pieces(tensor_addresses(shape.tail_pieces(state)), tail)
+    return copies + join_pieces(tensor_addresses(shape.tail_pieces(state.tensors)), tail)
 
 
 def restore(

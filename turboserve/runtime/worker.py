@@ -62,7 +62,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     from turboserve.runtime.numerics import check_numerics, set_up_determinism
     from turboserve.runtime.paced import PacedModel, read_profile
     from turboserve.runtime.recovery_store import RecoveryStore
-    from turboserve.runtime.session_points import SessionPoints
+    from turboserve.runtime.session_points import SessionPoints, copies_for
     from turboserve.runtime.snapshot import SnapshotShape
 
     started_s = time.monotonic()
@@ -125,7 +125,8 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     points = None
     if config.arena_fd >= 0:
         arena = Arena.map(config.arena_fd, partition=config.arena_partition, owner_epoch=config.worker_epoch)
-        points = SessionPoints(RecoveryStore(arena), SnapshotShape(model.spec, layout, numerics.numerics_id))
+        shape = SnapshotShape(model.spec, layout, numerics.numerics_id)
+        points = SessionPoints(RecoveryStore(arena), shape, copies_for(model.device, arena))
     every = config.recovery_every_chunks or model.spec.recovery_every_chunks
     return Loaded(Engine(model, pool, cost, points=points, recovery_every_chunks=every), hello, producer)
 

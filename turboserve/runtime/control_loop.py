@@ -17,11 +17,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from turboserve.errors import Overloaded, ProtocolError
-from turboserve.orchestrator.latency import LatencyProfile
+from turboserve.orchestrator.latency import LatencyProfile, profile_from_dict
 from turboserve.orchestrator.plan import Plan
 from turboserve.orchestrator.scheduler import Memory, TickConfig, tick
 from turboserve.orchestrator.view import ClusterView
@@ -51,13 +52,25 @@ SNAPSHOT_S = 0.25
 
 
 def live_profile(config: ControllerConfig) -> LatencyProfile:
-    """The latency profile a live fleet is planned with until `calibrate` has measured one.
+    """The latency profile a live fleet is planned with until its workers say what they measured at their start.
 
-    Straight line through (capacity, chunk_target_s): what `capacity` means, and no more than that.
+    Straight line through (capacity, chunk_target_s): what `capacity` means, and no more than that. With a profile that
+    the workers are paced to it is that one, with what of it is an operator's to say.
     """
+    if config.paced_profile:
+        paced = profile_from_dict(json.loads(Path(config.paced_profile).read_text()), config.paced_profile)
+        capacity = min(config.capacity, paced.batch_max)
+        return replace(
+            paced,
+            capacity=capacity,
+            resident_max=max(capacity, config.slots),
+            chunk_s=config.chunk_s,
+            chunk_target_s=config.chunk_target_s,
+            denoise_steps_floor=config.steps_floor or paced.denoise_steps,
+        )
     return LatencyProfile(
         name=f"{config.model}-live",
-        about="line through (capacity, chunk target); not a measurement",
+        about="line through (capacity, chunk target) until a worker has measured",
         chunk_s=config.chunk_s,
         chunk_target_s=config.chunk_target_s,
         batch_latency_s=tuple(config.chunk_target_s * n / config.capacity for n in range(1, config.slots + 1)),

@@ -221,6 +221,8 @@ class ControllerBooks:
         self.changed = True
         self._transfers: dict[str, Live] = {}
         self._measured: dict[str, float] = {}
+        self._latency_known = False
+        self._capacity_asked = profile.capacity
         self.expected: dict[str, float] = {}
         """Workers on their way, and since when."""
         self.old_moves: dict[str, list[tuple[str, int]]] = {}

@@ -30,6 +30,8 @@ class ControllerConfig:
     """The node's arena, of which partition 0 is ours; -1: sessions leave no recovery points."""
     disk_bytes: int = 1 << 34
     """What recovery points on disk may take together."""
+    paced_profile: str = ""
+    """The latency profile that the workers' passes are padded to: the fleet is planned with it."""
     may_kill: bool = False
     """Operators may have a worker killed, to see what happens."""
     denoise_steps: int = 4

@@ -7,6 +7,7 @@ from elsewhere with the cluster's token are taken in as they are, up to `JOINED_
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from turboserve.orchestrator import plan as plans
@@ -60,8 +61,9 @@ class ControllerFleet(ControllerRecovery):
             model=hello.model,
             row=row,
         )
-        if asked_s is not None:
-            self._measured_start(now_s - asked_s)
+        if hello.start_s:
+            self._measured_start(hello.start_s)
+        self._learn_latency(hello)
         self.workers[hello.worker_id] = Worker(hello, row, "ready", now_s + self.lease_s)
         self._note(now_s, "worker_ready", worker=hello.worker_id, reason=f"{hello.device}, {hello.slot_count} slots")
         self._out.append(Send(hello.worker_id, m.Lease(lease_s=self.lease_s, worker_epoch=hello.worker_epoch)))
@@ -89,6 +91,24 @@ class ControllerFleet(ControllerRecovery):
         before_s = self._measured.get("provision_s")
         self._measured["provision_s"] = took_s if before_s is None else 0.7 * before_s + 0.3 * took_s
         self.view.provision_s = self._measured["provision_s"]
+
+    def _learn_latency(self, hello: m.WorkerHello) -> None:
+        """Plan with what workers measured at their start; of several, with the mean of the latest and those before.
+
+        A table that says `capacity` sessions are too many is believed: then fewer are put on a worker.
+        """
+        profile, said = self.view.profile, hello.batch_latency_s
+        if not said or any(one <= 0 for one in said) or any(b < a for a, b in pairwise(said)):
+            return
+        before = profile.batch_latency_s if self._latency_known else said
+        table = tuple((new + old) / 2 for new, old in zip(said, before, strict=False))
+        self._latency_known = True
+        fits = sum(one <= profile.chunk_target_s for one in table)
+        self._set_profile(
+            batch_latency_s=table,
+            capacity=max(1, min(self._capacity_asked, fits)),
+            about="measured by the workers at their start",
+        )
 
     def _on_Heartbeat(self, source: str, beat: m.Heartbeat, now_s: float) -> None:
         worker = self.workers.get(beat.worker_id)

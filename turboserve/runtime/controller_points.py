@@ -15,8 +15,9 @@ from typing import Any
 
 from turboserve.errors import TurboServeError
 from turboserve.runtime.arena import Arena, Ledger
+from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.recovery_store import RecoveryStore
-from turboserve.runtime.spill_files import SpillFiles
+from turboserve.runtime.spill import SpillDirectory
 
 SWEEP_S = 10.0
 
@@ -38,7 +39,7 @@ class ControllerPoints:
     ) -> None:
         # Every start of the controller is a new owner of partition 0: what an earlier one had only reserved is free.
         self._store = RecoveryStore(Arena.map(arena_fd, partition=0, owner_epoch=generation))
-        self._files = SpillFiles(folder, disk_bytes)
+        self._files = SpillDirectory(folder, bytes_max=disk_bytes)
         self._post = post
         self._log = log
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="points")
@@ -82,7 +83,7 @@ class ControllerPoints:
 
     # ------------------------------------------------------------------ in the thread
 
-    def _guarded(self, do: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, do: Callable[..., object], *args: Any) -> None:
         try:
             do(*args)
         except Exception as error:
@@ -96,10 +97,9 @@ class ControllerPoints:
     def _spill(self, session_id: str, done: Callable[[str, int], None]) -> None:
         bytes_ = 0
         try:
-            point = self._store.latest(session_id)
-            if point is not None:
-                bytes_ = self._files.write(self._store, point)
-                self._store.drop(session_id)
+            bytes_ = self._files.spill(self._store, session_id).file_bytes
+            failpoint("controller.spill.written")
+            self._store.drop(session_id)
         except (TurboServeError, OSError) as error:
             self._log.error("recovery point not written to disk", session=session_id, error=str(error))
         finally:
@@ -108,7 +108,7 @@ class ControllerPoints:
     def _load(self, session_id: str, done: Callable[[str, int], None]) -> None:
         bytes_ = 0
         try:
-            bytes_ = self._files.read(session_id, self._store).total_bytes
+            bytes_ = self._files.load(self._store, session_id).total_bytes
         except (TurboServeError, OSError) as error:
             self._log.error("recovery point not read from disk", session=session_id, error=str(error))
         finally:

@@ -89,6 +89,10 @@ class MeasuredCost:
     pack_all: bool = False
     correction: float = 1.0
     by_count_s: dict[int, float] = field(default_factory=dict)
+    segment_tokens: int = 0
+    """Tokens of the segments that were calibrated; 0: not calibrated."""
+    decode_s: float = 0.0
+    """One chunk's decode, as calibrated."""
 
     @property
     def base_s(self) -> float:
@@ -116,6 +120,17 @@ class MeasuredCost:
         """(segments, seconds) of the passes seen, smoothed to never fall with the number of segments."""
         counts = sorted(self.by_count_s)
         return list(zip(counts, isotonic([self.by_count_s[one] for one in counts]), strict=True))
+
+    def chunk_table_s(self, denoise_steps: int, count: int) -> list[float]:
+        """Seconds of a batch of 1..`count` whole chunks (their passes packed, their decodes one by one); empty when
+        nothing was calibrated."""
+        if not self.segment_tokens:
+            return []
+        passes = denoise_steps + 1  # and the context pass
+        return [
+            passes * (self.fitted_base_s + self.fitted_token_s * self.segment_tokens * n) + n * self.decode_s
+            for n in range(1, count + 1)
+        ]
 
     def frozen(self) -> PassCost:
         """The same numbers as the simulator's immutable cost model."""
@@ -174,11 +189,13 @@ def calibrate(
             times.append(PassTime(count, pack(segments).tokens, best))
             if clock() - started_s > budget_s and len(times) >= 2:
                 break
+        decode_s = _time_decode(model, held[0].state, request_index, clock, synchronize)
     finally:
         for one in held:
             pool.release(one.session_id)
     base_s, token_s = fit_line([(one.tokens, one.seconds) for one in times])
     cost = MeasuredCost(fitted_base_s=base_s, fitted_token_s=token_s, segment_max=segment_max)
+    cost.segment_tokens, cost.decode_s = times[0].tokens, decode_s
     cost.by_count_s.update({one.segments: one.seconds for one in times})
     return cost
 
@@ -186,6 +203,26 @@ def calibrate(
 def _first_segment(model: StreamingModel, state: SessionTensors, chunk_index: int) -> Segment:
     request = ChunkRequest(chunk_index, model.spec.denoise_steps, Control(prompt=""))
     return model.next_passes(state, request)[0]
+
+
+def _time_decode(
+    model: StreamingModel,
+    state: SessionTensors,
+    chunk_index: int,
+    clock: Callable[[], float],
+    synchronize: Callable[[], object],
+) -> float:
+    """Seconds of one decode of one session's next chunk."""
+    request = ChunkRequest(chunk_index, model.spec.denoise_steps_floor, Control(prompt=""))
+    for segment in model.next_passes(state, request):
+        model.advance(segment, model.forward(pack([segment])))
+        if segment.completes_latents:
+            synchronize()
+            before_s = clock()
+            model.decode(state, chunk_index)
+            synchronize()
+            return clock() - before_s
+    return 0.0
 
 
 def _advance_all(model: StreamingModel, states: Sequence[SessionTensors], chunk_index: int) -> None:

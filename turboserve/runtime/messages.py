@@ -58,6 +58,10 @@ class WorkerHello(Message, frozen=True, kw_only=True):
     capacity: Count
     session_bytes: Count = 0
     layout_hash: ShortText = ""
+    start_s: Seconds = 0.0
+    """From the launcher's decision to start it until it could serve; 0 when it does not know."""
+    batch_latency_s: Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=1024)] = ()
+    """Seconds of a batch of 1, 2, ... whole chunks, as calibrated here; empty when it was not."""
     ring_fd: int = -1
     """The frame ring's file descriptor in the worker process; the gateway opens /proc/PID/fd/N (same node). -1: the
     worker joined from elsewhere, and its frames come over its data channel (FramePart)."""

@@ -100,6 +100,9 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         measured_ms={count: round(1e3 * seconds, 2) for count, seconds in cost.table_s()},
         load_s=round(time.monotonic() - started_s, 2),
     )
+    chunk_table = cost.chunk_table_s(model.spec.denoise_steps, config.slots)
+    if config.paced_profile:
+        chunk_table = list(read_profile(config.paced_profile).batch_latency_s)
     ring_fd = config.ring_fd
     if ring_fd < 0 and not config.joined:
         ring_fd = frame_ring.create(config.ring_bytes)
@@ -120,6 +123,8 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         layout_hash=layout_hash(layout),
         ring_fd=ring_fd,
         address=config.advertise,
+        start_s=time.monotonic() - config.born_s if config.born_s else 0.0,
+        batch_latency_s=tuple(chunk_table),
     )
     producer = None if config.joined else frame_ring.attach_producer(ring_fd, worker_epoch=config.worker_epoch)
     points = None

@@ -66,6 +66,8 @@ class WorkerConfig:
     joined: bool = False
     advertise: str = ""
     calibrate: bool = True
+    born_s: float = 0.0
+    """When the launcher began to start this process, on this machine's monotonic clock; 0: not told."""
     log_format: str = "console"
     log_level: str = "info"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from turboserve.runtime.arena import Arena, create_arena
+from turboserve.runtime.background_points import BackgroundPoints
 from turboserve.runtime.engine import Engine
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.recovery_store import RecoveryStore
@@ -21,13 +22,16 @@ class Node:
         self.fd = create_arena(bytes_, name="test", partition_count=workers, slab_bytes=slab_bytes)
         self.arenas: list[Arena] = []
 
-    def engine(self, model, *, slots: int = 4, numerics_id: str = "n", every: int = 1, cost=None) -> Engine:
+    def engine(
+        self, model, *, slots: int = 4, numerics_id: str = "n", every: int = 1, cost=None, background: bool = False
+    ) -> Engine:
         arena = Arena.map(self.fd, partition=len(self.arenas), owner_epoch=1)
         self.arenas.append(arena)
         layout = model.state_layout()
         points = SessionPoints(RecoveryStore(arena), SnapshotShape(model.spec, layout, numerics_id))
         pool = KvPool(layout, slots, model.device)
-        return Engine(model, pool, cost, points=points, recovery_every_chunks=every)
+        beside = BackgroundPoints(points, layout, pool.device) if background else None
+        return Engine(model, pool, cost, points=points, recovery_every_chunks=every, background=beside)
 
     @property
     def store(self) -> RecoveryStore:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 from engine_harness import alone, prompt_of, request_of
@@ -274,4 +276,72 @@ def test_shapes_moves_with_a_recache_before_or_after(deterministic, cut):
     for page in {page for page, _ in model.spec.slot.resident_chunks(cut)} - {scratch}:
         assert a.tensors["kv_cache"][:, :, page].equal(b.tensors["kv_cache"][:, :, page])
     assert stream(target, range(cut, 9)) == expected[cut:]
+    node.close()
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.003, 0.03])
+@pytest.mark.parametrize("cut", [1, 2, 5, 9])
+def test_points_written_beside_the_engine_are_the_same(node, chain, cut, delay_s, monkeypatch):
+    """However late the copies run: what they read must not have changed since."""
+    source, target = node.engine(TinyModel(), background=True), node.engine(TinyModel(), background=True)
+    write = source.points.write
+
+    def late(session, epoch):
+        time.sleep(delay_s)
+        return write(session, epoch)
+
+    monkeypatch.setattr(source.points, "write", late)
+    begin(source)
+    for index in range(cut):
+        source.submit(session_id("b"), request_of("b", index), 1e9)
+    run(source)
+    source._settle(source._sessions[session_id("b")])
+    point = node.store.latest(session_id("b"))
+    assert 0 < point.chunk <= cut
+    target.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert chunks(target, range(point.chunk, COUNT)) == chain[point.chunk :]
+    source.close(session_id("b"))
+    target.close(session_id("b"))
+    node.store.drop(session_id("b"))
+    assert node.committed_bytes() == 0
+
+
+def test_a_pass_that_writes_to_a_page_on_its_way_out_waits_for_it(node, chain, monkeypatch):
+    engine = node.engine(TinyModel(), background=True)
+    gate = threading.Event()
+    write = engine.points.write
+    monkeypatch.setattr(engine.points, "write", lambda session, epoch: gate.wait(10) and write(session, epoch))
+    begin(engine)
+    chunks(engine, range(3))
+    job = engine._sessions[session_id("b")].job
+    assert job.chunk == 1 and not job.done  # the point of the first chunk; later ones were not begun
+    window = TinyModel().spec.slot.window_pages
+    sink_page = TinyModel().spec.slot.page_of_chunk(0)
+    assert job.pages == {sink_page}
+    engine._settle, settle = lambda session: (gate.set(), settle(session))[1], engine._settle
+    chunks(engine, range(3, 3 + window))
+    assert not gate.is_set()  # nothing ever writes to the sink's page again
+    engine.save(session_id("b"))
+    assert gate.is_set()
+    gate.clear()
+    chunks(engine, [3 + window])
+    job = engine._sessions[session_id("b")].job
+    for index in range(4 + window, 4 + 2 * window):
+        if not gate.is_set():
+            chunks(engine, [index])
+    assert gate.is_set() and job.done  # the ring came round to it
+    assert all(one.digest == chain[one.chunk_index] for one in engine._sessions[session_id("b")].kept)
+
+
+def test_a_full_arena_is_no_worse_in_the_background(chain):
+    node = Node(22 * SLAB_BYTES, workers=2)
+    engine = node.engine(TinyModel(), background=True)
+    begin(engine)
+    assert chunks(engine, range(COUNT)) == chain
+    engine._settle(engine._sessions[session_id("b")])
+    assert engine.stats.points_refused > 0 and node.store.latest(session_id("b")) is not None
+    with pytest.raises(ArenaFull):
+        engine.save(session_id("b"))
+    engine.close(session_id("b"))
+    node.committed_bytes()
     node.close()

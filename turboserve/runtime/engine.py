@@ -47,6 +47,7 @@ from turboserve.runtime.session_tensors import ChunkWork, HeldSession
 from turboserve.runtime.worker_events import BrokenSession, FinishedChunk, PassEvent
 
 if TYPE_CHECKING:
+    from turboserve.runtime.background_points import BackgroundPoints
     from turboserve.runtime.session_points import SessionPoints
 
 _RANGE_OF = {PassKind.DENOISE: "denoise", PassKind.CONTEXT: "context pass", PassKind.RECACHE: "recache"}
@@ -58,7 +59,8 @@ PREPARE_WAIT_S = 0.002
 class Engine(EngineSessions):
     """The sessions of one worker and the passes over them. For one thread.
 
-    With `points`, a session's recovery point is brought up to date after every `recovery_every_chunks` chunks.
+    With `points`, a session's recovery point is brought up to date after every `recovery_every_chunks` chunks: between
+    two passes, or in the `background`.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class Engine(EngineSessions):
         *,
         points: SessionPoints | None = None,
         recovery_every_chunks: int = 1,
+        background: BackgroundPoints | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(model, pool, points, recovery_every_chunks, clock)
+        super().__init__(model, pool, points, recovery_every_chunks, background, clock)
         self.cost = cost or MeasuredCost(segment_max=pool.slot_count)
         self._timer = PassTimer(pool.device, clock)
 
@@ -128,6 +131,8 @@ class Engine(EngineSessions):
                 raise
             self._break(session, queued.request.chunk_index, error, emit)
             return
+        if session.job is not None and any(page in session.job.pages for one in segments for page in one.pages):
+            self._settle(session)
         session.work = ChunkWork(queued.request, segments, queued.deadline_s, queued.queued_s)
 
     def _forward(self, batch: PackedBatch) -> list[torch.Tensor | Exception]:

@@ -22,6 +22,7 @@ from turboserve.runtime.session_tensors import HeldSession, QueuedChunk, hold_se
 
 if TYPE_CHECKING:
     from turboserve.runtime.arena import ExtentId
+    from turboserve.runtime.background_points import BackgroundPoints
     from turboserve.runtime.session_points import Restored, SessionPoints
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class EngineSessions:
         pool: KvPool,
         points: SessionPoints | None,
         recovery_every_chunks: int,
+        background: BackgroundPoints | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
@@ -69,6 +71,7 @@ class EngineSessions:
         self.stats = EngineStats()
         self._clock = clock
         self._every_chunks = recovery_every_chunks
+        self._background = background
         self._sessions: dict[str, HeldSession] = {}
         self._prepared: dict[str, dict[int, ExtentId]] = {}
         self._logged_full_s = float("-inf")
@@ -151,7 +154,9 @@ class EngineSessions:
 
     def close(self, session_id: str) -> None:
         """Free all that the session holds, whatever it is doing. Unknown sessions are no error."""
-        if self._sessions.pop(session_id, None) is not None:
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            self._settle(session)
             self.pool.release(session_id)
             if self.points is not None:
                 self.points.forget(session_id)
@@ -175,13 +180,31 @@ class EngineSessions:
         return self._save(session, self.points)
 
     def _save(self, session: HeldSession, points: SessionPoints) -> int:
+        self._settle(session)
         started_s = self._clock()
         with span("offload", session.session_id, session.state.next_chunk_index):
             point = points.write(session, session.epoch)
-        session.point_chunk = point.chunk
-        self.stats.points += 1
-        self.stats.point_s += self._clock() - started_s
+        self._note_point(session, point.chunk, self._clock() - started_s)
         return point.total_bytes
+
+    def _note_point(self, session: HeldSession, chunk: int, took_s: float) -> None:
+        session.point_chunk = chunk
+        session.point_every = self._every_chunks
+        self.stats.points += 1
+        self.stats.point_s += took_s
+
+    def _settle(self, session: HeldSession) -> None:
+        """Wait for the point that is being written of the session, if one is."""
+        job, session.job = session.job, None
+        if job is None:
+            return
+        try:
+            job.wait()
+        except ArenaFull as error:
+            session.saved = False
+            self._refused(session, job.chunk, error)
+            return
+        self._note_point(session, job.chunk, job.took_s)
 
     def _write_through(self, sessions: Iterable[HeldSession]) -> None:
         """Points of those that have just committed a chunk and are due one."""
@@ -191,14 +214,27 @@ class EngineSessions:
             behind = session.state.next_chunk_index - session.point_chunk
             if session.work is not None or session.fault is not None or session.saved or behind < session.point_every:
                 continue
+            if self._background is not None:
+                self._write_beside(session, self._background)
+                continue
             try:
                 self._save(session, self.points)
-                session.point_every = self._every_chunks
             except ArenaFull as error:
-                session.point_every = behind + FULL_RETRY_CHUNKS
-                self._note_full(session, error)
+                self._refused(session, session.state.next_chunk_index, error)
 
-    def _note_full(self, session: HeldSession, error: ArenaFull) -> None:
+    def _write_beside(self, session: HeldSession, background: BackgroundPoints) -> None:
+        if session.job is not None:
+            if not session.job.done:
+                return  # copies are slower than chunks just now: a later boundary will do
+            self._settle(session)
+            if session.state.next_chunk_index - session.point_chunk < session.point_every:
+                return
+        session.job = background.begin(session, session.epoch)
+        session.saved = True  # until the next chunk begins
+
+    def _refused(self, session: HeldSession, chunk: int, error: ArenaFull) -> None:
+        """The arena had no room for the point of `chunk`."""
+        session.point_every = chunk - session.point_chunk + FULL_RETRY_CHUNKS
         self.stats.points_refused += 1
         now_s = self._clock()
         if now_s - self._logged_full_s >= FULL_LOG_S:

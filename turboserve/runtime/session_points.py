@@ -130,6 +130,13 @@ class SessionPoints:
         session.saved = True
         return point
 
+    def unwritten_pages(self, session: HeldSession) -> frozenset[int]:
+        """The slot's pages that the next `write` will read."""
+        before = self._written.get(session.session_id, _Written())
+        chunks = self._shape.page_chunks(session.state.next_chunk_index)
+        stale = before.rewrites != session.pages_rewritten
+        return frozenset(self._shape.spec.slot.page_of_chunk(one) for one in chunks if stale or one not in before.pages)
+
     def _write(self, session: HeldSession, epoch: int, before: _Written) -> RecoveryPoint:
         state, put = session.state, list[PageRef]()
         now = _Written(rewrites=session.pages_rewritten, first=False)

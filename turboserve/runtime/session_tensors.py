@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from turboserve.model.interface import ChunkRequest, Control, Segment, SessionTensors, StreamingModel
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.worker_events import KEPT_CHUNKS, FinishedChunk
+
+if TYPE_CHECKING:
+    from turboserve.runtime.background_points import Job
 
 
 @dataclass(slots=True)
@@ -74,6 +78,8 @@ class HeldSession:
     """What the last recovery point is of: the session when this chunk is about to begin."""
     point_every: int = 1
     """How many chunks on from there the next one is due."""
+    job: Job | None = None
+    """The point that is being written in the background."""
     queue: list[QueuedChunk] = field(default_factory=list)
     work: ChunkWork | None = None
     fault: str | None = None

@@ -56,6 +56,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
 
     from turboserve.model.interface import Tier, layout_hash, state_bytes
     from turboserve.runtime.arena import Arena
+    from turboserve.runtime.background_points import BackgroundPoints
     from turboserve.runtime.cost_model import MeasuredCost, calibrate
     from turboserve.runtime.engine import Engine
     from turboserve.runtime.kv_pool import KvPool
@@ -133,7 +134,11 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         shape = SnapshotShape(model.spec, layout, numerics.numerics_id)
         points = SessionPoints(RecoveryStore(arena), shape, copies_for(model.device, arena))
     every = config.recovery_every_chunks or model.spec.recovery_every_chunks
-    return Loaded(Engine(model, pool, cost, points=points, recovery_every_chunks=every), hello, producer)
+    beside = None
+    if points is not None and model.device.type == "cuda":
+        beside = BackgroundPoints(points, layout, model.device)
+    engine = Engine(model, pool, cost, points=points, recovery_every_chunks=every, background=beside)
+    return Loaded(engine, hello, producer)
 
 
 def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:

@@ -38,6 +38,8 @@ class WorkerMeter:
         self.worker_seconds = 0.0
         self.workers = 0
         self.decided: Counter[str] = Counter()
+        self.starts_s: dict[tuple[str, int], float] = {}
+        """How long each worker took from being asked for to being ready."""
 
     async def run(self) -> None:
         """Look until cancelled. A worker counts from its being asked for to its being gone."""
@@ -50,6 +52,9 @@ class WorkerMeter:
                     self.worker_seconds += self.workers * (now_s - last_s)
                 last_s = now_s
                 self.workers = len(picture["workers"])
+                for one in picture["workers"]:
+                    if one.get("ready_s", 0.0) > one.get("requested_s", 0.0):
+                        self.starts_s[one["id"], one["epoch"]] = one["ready_s"] - one["requested_s"]
                 for one in picture["decisions"]:
                     key = (one.get("time_s"), one.get("event"), one.get("session"), one.get("worker"))
                     if key not in self._seen:

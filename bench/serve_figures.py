@@ -111,17 +111,33 @@ def rows(seen: Sequence[ViewerSeen], clock: LiveClock, alone: Sequence[ViewerSee
 
 
 def predicted(
-    trace: Trace, profile: LatencyProfile, *, workers: int | None, workers_max: int, initial: int, batching: str
+    trace: Trace,
+    profile: LatencyProfile,
+    *,
+    workers: int | None,
+    workers_max: int,
+    initial: int,
+    batching: str,
+    provision_s: float | None = None,
 ) -> dict[str, Any]:
-    """The simulator on the same scaled trace: on-time share, worker-seconds, first chunk, latency."""
+    """The simulator on the same scaled trace: on-time share, worker-seconds, first chunk, latency.
+
+    `provision_s` None: the profile's.
+    """
     from turboserve.sim.policies import make_policy
     from turboserve.sim.replay import Settings, simulate
     from turboserve.sim.report import report
 
     settings = Settings(
-        workers=workers, workers_max=workers_max, initial_workers=initial, warmup_s=0.0, batching=batching
+        workers=workers,
+        workers_max=workers_max,
+        initial_workers=initial,
+        warmup_s=0.0,
+        batching=batching,
+        provision_s=provision_s,
     )
-    policy = make_policy("turboserve", scaling=workers is None, provision_s=profile.provision_s)
+    delay_s = profile.provision_s if provision_s is None else provision_s
+    policy = make_policy("turboserve", scaling=workers is None, provision_s=delay_s)
     found = report(simulate(trace, profile, policy, settings))
     return {
         "profile": profile.name,

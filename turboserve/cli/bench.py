@@ -11,6 +11,7 @@ import importlib
 import click
 
 BENCHES: dict[str, str] = {
+    "autoscale": "A live fleet follows a trace, beside the simulator's prediction.",
     "coalescing": "Many sessions in shared passes, against one at a time.",
     "frame-ring": "Chunks from worker to gateway: shared memory against pickles.",
     "kernels": "The kernels: how fast on this device; what they compile to, without one.",

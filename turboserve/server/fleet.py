@@ -198,8 +198,9 @@ class Fleet:
             listen_fd=self._control.fileno(),
             data_dir=str(options.data_dir),
             model=options.model,
-            chunk_s=spec.chunk_s,
-            chunk_target_s=options.chunk_target_s or spec.chunk_s,
+            # By the wall clock, as the streams play: what is planned is when chunks are due.
+            chunk_s=spec.chunk_s / options.playback_rate,
+            chunk_target_s=(options.chunk_target_s or spec.chunk_s) / options.playback_rate,
             capacity=options.capacity,
             slots=options.slots,
             paced_profile=str(options.paced_profile.resolve()) if options.paced_profile else "",

@@ -16,7 +16,7 @@ SCHEDULES ?= 10000
 SEEDS ?= 1000
 JOBS ?= $(shell nproc)
 
-.PHONY: simnet mutants help setup serve test lint format bench score screenshots clean sanitize
+.PHONY: simnet mutants help setup serve test gpu lint format bench score screenshots clean sanitize
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ serve: setup  ## start the server with the embedded model: make serve PORT=8000 
 test: .venv/.dev  ## set up, then lint, types, import rules and the whole test suite
 	@bash scripts/test.sh $(ARGS)
 
+gpu: .venv/.dev  ## every GPU test and bench within 8 minutes, on a machine that has a GPU
+	@bash scripts/gpu.sh
+
 lint: .venv/.dev  ## ruff, mypy, import rules
 	@bash scripts/lint.sh
 
@@ -46,6 +49,8 @@ format: .venv/.dev  ## let ruff rewrite
 bench: setup  ## the benches that run on this machine; rows go to bench/results/
 	@$(BIN)/turboserve bench frame-ring --out bench/results/ $(ARGS)
 	@$(BIN)/turboserve bench coalescing --out bench/results/ $(ARGS)
+	@$(BIN)/turboserve bench offload --out bench/results/ $(ARGS)
+	@$(BIN)/turboserve bench migrate --out bench/results/ $(ARGS)
 
 sanitize:  ## csrc/ under the address, undefined-behaviour and thread sanitizers
 	@csrc/sanitize.sh $(ARGS)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from turboserve.errors import ArenaFull, AuthFailed, ConfigError, CorruptState, ProtocolError, Refused
 from turboserve.runtime import channel
@@ -17,11 +18,13 @@ from turboserve.runtime.channel import bound_port, new_token
 from turboserve.runtime.point_transfer import receive_point, send_point
 from turboserve.runtime.recovery_store import RecoveryStore
 from turboserve.runtime.transport import FRAME_BYTES_MAX, ArenaCarrier, InlineCarrier, Transport
+from turboserve.runtime.transport_group import GroupCarrier
+from turboserve.runtime.transport_ipc import CudaIpcCarrier
 from turboserve.runtime.transport_links import MemoryLink, connect_link, listen_for_links
 
 SLAB = 4096
 A = "a" * 26
-WAYS = ["memory", "socket", "arena", "arena over a socket"]
+WAYS = ["memory", "socket", "arena", "arena over a socket", "gloo"]
 
 
 def noise(count: int, *seed: int) -> bytes:
@@ -58,6 +61,8 @@ async def transports(way: str):
 
         def end(link, arena: Arena) -> Transport:
             carrier = ArenaCarrier(arena, A, 1) if way.startswith("arena") else InlineCarrier(chunk_bytes=10_000)
+            if way == "gloo":
+                carrier = GroupCarrier("gloo", arena.partition, chunk_bytes=10_000, timeout_s=5)
             return Transport(link, carrier)
 
         if "socket" in way:
@@ -285,3 +290,53 @@ async def test_an_extent_is_handed_over_without_a_copy():
         first.free(extent)
         sent, got = await both(near.send(b"", [extent], timeout_s=5), far.receive(lambda offer: [], timeout_s=5))
         assert isinstance(sent, Refused) and "not there" in str(sent)
+
+
+async def test_a_group_that_fails_falls_back_to_host_copies_and_is_given_up_in_the_end():
+    """One end cannot join: both hear of it, the bytes go over the link, and later transfers do not try for ever."""
+    near_link, far_link = MemoryLink.pair()
+    near_carrier = GroupCarrier("gloo", 0, chunk_bytes=10_000, timeout_s=0.3)
+    far_carrier = GroupCarrier("nccl", 1, chunk_bytes=10_000, timeout_s=0.3)  # there is none here
+    far_carrier.name = near_carrier.name
+    near, far = Transport(near_link, near_carrier), Transport(far_link, far_carrier)
+    data = noise(55_555, 9)
+    for round_ in range(1, 4):
+        sent, got = await both(near.send(b"", [[memoryview(data)]], timeout_s=10), far.receive(fresh, timeout_s=10))
+        assert sent == [] and b"".join(got.buffers[0]) == data
+        assert near_carrier.fallbacks == far_carrier.fallbacks == round_
+    assert near_carrier._failures == 3
+
+
+async def test_a_group_survives_many_transfers_both_ways():
+    async with transports("gloo") as (near, far, _first, _second):
+        for index in range(6):
+            one, other = (near, far) if index % 2 else (far, near)
+            data = noise(35_000, index)
+            sent, got = await both(
+                one.send(b"", [[memoryview(data)]], timeout_s=10), other.receive(fresh, timeout_s=10)
+            )
+            assert sent == [] and b"".join(got.buffers[0]) == data
+        assert near.carrier.fallbacks == far.carrier.fallbacks == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_tensors_go_as_memory_does(way):
+    def into_tensors(offer):
+        targets.extend(torch.zeros(size, dtype=torch.uint8) for size in offer.sizes)
+        return [[one[:10], one[10:]] for one in targets]
+
+    data = torch.frombuffer(bytearray(noise(44_444, 1)), dtype=torch.uint8)
+    targets: list = []
+    async with transports(way) as (near, far, _first, _second):
+        sent, got = await both(
+            near.send(b"", [[data[:5], data[5:]]], timeout_s=10), far.receive(into_tensors, timeout_s=10)
+        )
+        assert sent == []
+        received = got.buffers[0] if got.extents else [targets[0].numpy()]
+        assert b"".join(received) == data.numpy().tobytes()
+
+
+async def test_device_memory_alone_goes_by_cuda_ipc():
+    near, far = (Transport(link, CudaIpcCarrier()) for link in MemoryLink.pair())
+    sent, got = await both(near.send(b"", [[memoryview(b"host")]], timeout_s=1), far.receive(fresh, timeout_s=1))
+    assert isinstance(sent, ConfigError) and isinstance(got, ConnectionError)

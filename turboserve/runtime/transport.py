@@ -8,7 +8,8 @@
 
 A *link* carries small frames in order both ways (transport_links.py: in memory, or an authenticated socket). A
 *carrier* moves the buffers: `InlineCarrier` in frames of the link itself, `ArenaCarrier` by naming extents of the
-node's arena (nothing is copied).
+node's arena (nothing is copied), `GroupCarrier` (transport_group.py) by NCCL or gloo, `CudaIpcCarrier`
+(transport_ipc.py) by mapping the other process's device memory.
 
 Either both sides return, or both raise, or one side cannot know: then its error is TimeoutError or ConnectionError, the
 link is closed, and the owner asks the directory. Nothing here decides who owns a session.
@@ -33,8 +34,9 @@ MANIFEST_BYTES_MAX = 1 << 20
 BUFFERS_MAX = 4096
 BUFFER_BYTES_MAX = 1 << 40
 
-Pieces = Sequence[memoryview]
-"""One buffer, as contiguous pieces of bytes that are laid end to end."""
+Pieces = Sequence[Any]
+"""One buffer: contiguous pieces laid end to end, each a memoryview of bytes or a flat uint8 torch tensor (which may lie
+on a device; carriers that know no devices copy it through host memory)."""
 Buffer = Pieces | Extent
 """What can be sent: host memory, or an extent of the sender's arena."""
 
@@ -123,6 +125,29 @@ class Carrier(Protocol):
     async def pull(self, link: Link, targets: Sequence[Pieces]) -> None: ...
 
 
+def host_bytes(piece: Any) -> memoryview:
+    """A piece's bytes in host memory: where they lie, or a copy of what lies on a device."""
+    return piece if isinstance(piece, memoryview) else memoryview(piece.cpu().numpy())
+
+
+def _put(target: Any, data: memoryview) -> None:
+    if isinstance(target, memoryview):
+        target[:] = data
+    else:
+        target.copy_(_torch().frombuffer(bytearray(data), dtype=target.dtype))
+
+
+def _torch() -> Any:
+    """Only where somebody passed a tensor: this module serves processes without torch too."""
+    import torch
+
+    return torch
+
+
+def _checksum(pieces: Pieces) -> int:
+    return checksum64(map(host_bytes, pieces))
+
+
 def _nothing() -> None:
     return None
 
@@ -141,7 +166,7 @@ class InlineCarrier:
         for pieces in buffers:
             total = sum(len(piece) for piece in pieces)
             for at in range(0, total, self.chunk_bytes):
-                await link.send(*region(pieces, at, min(self.chunk_bytes, total - at)))
+                await link.send(*map(host_bytes, region(pieces, at, min(self.chunk_bytes, total - at))))
 
     async def pull(self, link: Link, targets: Sequence[Pieces]) -> None:
         for pieces in targets:
@@ -153,7 +178,7 @@ class InlineCarrier:
                     raise ProtocolError(f"a chunk of {len(chunk)} B", expected=f"1 to {total - at} B of the buffer")
                 filled = 0
                 for target in region(pieces, at, len(chunk)):
-                    target[:] = chunk[filled : filled + len(target)]
+                    _put(target, chunk[filled : filled + len(target)])
                     filled += len(target)
                 at += filled
 
@@ -195,7 +220,7 @@ class ArenaCarrier:
         try:
             at = 0
             for piece in pieces:
-                reservation.write(at, piece)
+                reservation.write(at, host_bytes(piece))
                 at += len(piece)
             return self.arena.commit(reservation, -1)
         except BaseException:
@@ -268,7 +293,7 @@ class Transport:
             else:
                 needed = [_pieces(buffer) for index, buffer in enumerate(buffers) if index not in skipped]
                 await self.carrier.push(self.link, needed)
-                checksums = [checksum64(pieces) for pieces in needed]
+                checksums = [_checksum(pieces) for pieces in needed]
             await self._say(_End(checksums))
             verdict = await self._hear(_Done, _Failed)
             if isinstance(verdict, _Failed):
@@ -297,7 +322,7 @@ class Transport:
             await self.carrier.pull(self.link, [one for one in buffers if one is not None])
         end = await self._hear(_End)
         assert isinstance(end, _End)
-        found = [checksum64(one) for one in buffers if one is not None]
+        found = [_checksum(one) for one in buffers if one is not None]
         if found != end.checksums:
             wrong = [i for i, (ours, theirs) in enumerate(zip(found, end.checksums, strict=False)) if ours != theirs]
             await self._say(_Failed(f"buffers {wrong} of {len(found)}"))

@@ -10,6 +10,7 @@ import torch
 
 from turboserve.errors import ConfigError
 from turboserve.kernels import packed, reference
+from turboserve.kernels.attention import TILES
 from turboserve.kernels.packed import LevelTable, PackedSegment, Rotation
 from turboserve.kernels.packed_torch import TorchKernels
 from turboserve.kernels.packed_triton import TritonKernels
@@ -145,13 +146,36 @@ def test_a_segment_gets_the_same_bits_alone_and_among_others(kernels):
 
 
 def test_the_choice_by_device(monkeypatch):
-    assert packed.kernels_for(torch.device("cpu")).name == "torch"
+    assert packed.kernels_for(torch.device("cpu"), 128).name == "torch"
     assert TritonKernels(torch.device("cpu"), arch=90).name == "triton"
     import sys
 
     monkeypatch.setitem(sys.modules, "turboserve.kernels.packed_triton", None)
     with pytest.raises(ConfigError, match="not installed"):
-        packed.kernels_for(torch.device("cuda", 0))
+        packed.kernels_for(torch.device("cuda", 0), 128)
+
+
+def test_heads_without_tiles_run_on_torch_and_the_log_says_so(caplog):
+    assert {one[1] for one in TILES} == set(packed.HEAD_DIMS)
+    assert packed.kernels_for(torch.device("cuda", 0), 24).name == "torch"
+    assert "head_dim 24" in caplog.text
+
+
+@pytest.mark.parametrize("kernels", [TorchKernels(), TritonKernels(torch.device("cpu"), arch=90)], ids=lambda k: k.name)
+def test_linear_layers_by_segment_see_each_segment_at_its_own_shape(kernels):
+    segments, levels = make([5, 9, 2], relative=True)
+    x = rand(16, CHANNELS, seed=1)
+    seen: list[int] = []
+
+    def layer(rows: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows))
+        return rows * 2
+
+    for kernels.linears_by_segment in (False, True):
+        work = kernels.begin(segments, levels, heads=HEADS, eps=EPS, rotate_keys=False)
+        assert torch.equal(work.linear(layer, x), x * 2)
+    kernels.linears_by_segment = False
+    assert seen == [16, 5, 9, 2]
 
 
 def test_a_model_on_triton_kernels_makes_what_it_makes_on_torch():

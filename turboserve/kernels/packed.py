@@ -9,7 +9,8 @@ Letters: R packed rows, N segments, H heads, D head_dim, C = H * D channels, S t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,10 @@ import torch
 from torch import Tensor
 
 from turboserve.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+HEAD_DIMS = (32, 64, 128)
+"""Head sizes that the attention kernels have tiles for (attention.TILES)."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ class PackedPass(Protocol):
     read them.
     """
 
+    def linear(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A layer that treats rows one by one (a linear layer, the feed-forward), over all rows of the pass."""
+        ...
+
     def modulation(self, layer: int) -> tuple[Tensor, ...]:
         """Six handles of a block: shift, scale, gate of attention; shift, scale, gate of the feed-forward."""
         ...
@@ -107,9 +116,14 @@ class PackedPass(Protocol):
 
 
 class Kernels(Protocol):
-    """A family of kernels: makes the pass object. `name` is part of a worker's numerics id."""
+    """A family of kernels: makes the pass object. `name` is part of a worker's numerics id.
+
+    `linears_by_segment`: linear layers run once for every segment, at its own shape, not over all rows. A library picks
+    its kernel by the number of rows; where that changes bits, this is what keeps a session's bits its own.
+    """
 
     name: str
+    linears_by_segment: bool
 
     def begin(
         self, segments: Sequence[PackedSegment], levels: LevelTable, *, heads: int, eps: float, rotate_keys: bool
@@ -118,12 +132,13 @@ class Kernels(Protocol):
         ...
 
 
-def kernels_for(device: torch.device) -> Kernels:
-    """Triton on CUDA, PyTorch elsewhere. ConfigError where a CUDA device has no Triton: PyTorch would do the work many
+def kernels_for(device: torch.device, head_dim: int) -> Kernels:
+    """Triton on CUDA, PyTorch elsewhere, and for heads that the attention kernel has no tiles for (toy models; the log
+    says so). ConfigError where a CUDA device has no Triton: PyTorch would do the work many
     times slower, so that is for the one who runs it to choose, not for us."""
-    if device.type != "cuda":
-        from turboserve.kernels.packed_torch import TorchKernels
+    from turboserve.kernels.packed_torch import TorchKernels
 
+    if device.type != "cuda":
         return TorchKernels()
     try:
         from turboserve.kernels.packed_triton import TritonKernels
@@ -132,4 +147,7 @@ def kernels_for(device: torch.device) -> Kernels:
             f"{device} needs the {error.name} package, which is not installed",
             hint="pip install 'turboserve[cuda13]' (or cuda12), or choose --device cpu",
         ) from error
+    if head_dim not in HEAD_DIMS:
+        _log.warning("no attention tiles for head_dim %d; PyTorch's path runs on %s", head_dim, device)
+        return TorchKernels()
     return TritonKernels(device)

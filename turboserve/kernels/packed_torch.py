@@ -7,7 +7,7 @@ segment's bits do not depend on its neighbours (docs/design.md, promise P1).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,17 +42,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, last_counts: int = 1) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, bias)[0].transpose(0, 1).flatten(1)
 
 
+def by_segment(layer: Callable[[Tensor], Tensor], x: Tensor, segments: Sequence[PackedSegment]) -> Tensor:
+    """A row-wise layer, once for every segment at its own shape."""
+    if len(segments) == 1:
+        return layer(x)
+    return torch.cat([layer(x[one.rows]) for one in segments])
+
+
 class TorchKernels:
     name = "torch"
+
+    def __init__(self) -> None:
+        self.linears_by_segment = False
 
     def begin(
         self, segments: Sequence[PackedSegment], levels: LevelTable, *, heads: int, eps: float, rotate_keys: bool
     ) -> TorchPass:
-        return TorchPass(segments, levels, heads=heads, eps=eps, rotate_keys=rotate_keys)
+        made = TorchPass(segments, levels, heads=heads, eps=eps, rotate_keys=rotate_keys)
+        made.linears_by_segment = self.linears_by_segment
+        return made
 
 
 class TorchPass:
     """See packed.PackedPass. Modulation handles are [groups, 1, C], gathered by group of rows."""
+
+    linears_by_segment = False
 
     def __init__(
         self, segments: Sequence[PackedSegment], levels: LevelTable, *, heads: int, eps: float, rotate_keys: bool
@@ -71,6 +85,9 @@ class TorchPass:
             torch.cat([one.query_rotation.cos for one in segments]),
             torch.cat([one.query_rotation.sin for one in segments]),
         )
+
+    def linear(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return by_segment(layer, x, self._segments) if self.linears_by_segment else layer(x)
 
     def modulation(self, layer: int) -> tuple[Tensor, ...]:
         return self._blocks[:, layer].unbind(1)

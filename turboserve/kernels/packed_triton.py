@@ -10,7 +10,7 @@ It also runs on CPU tensors under Triton's interpreter, which is how the tests w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from turboserve.kernels import attention, norm, rope
 from turboserve.kernels.attention import UNIT_BYTES, TileConfig
 from turboserve.kernels.packed import LevelTable, PackedSegment
+from turboserve.kernels.packed_torch import by_segment
 
 
 class TritonKernels:
@@ -32,13 +33,16 @@ class TritonKernels:
             major, minor = torch.cuda.get_device_capability(device)
             arch = major * 10 + minor
         self._arch = arch
+        self.linears_by_segment = False
 
     def begin(
         self, segments: Sequence[PackedSegment], levels: LevelTable, *, heads: int, eps: float, rotate_keys: bool
     ) -> TritonPass:
         cache = segments[0].kv_cache
         tiles = attention.tile_config(self._arch, cache.shape[-1], cache.dtype)
-        return TritonPass(segments, levels, tiles, heads=heads, eps=eps, rotate_keys=rotate_keys)
+        made = TritonPass(segments, levels, tiles, heads=heads, eps=eps, rotate_keys=rotate_keys)
+        made.linears_by_segment = self.linears_by_segment
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class _Attention:
 class TritonPass:
     """See packed.PackedPass. Modulation handles are tables [levels, C]; a row finds its own by its level."""
 
+    linears_by_segment = False
+
     def __init__(
         self,
         segments: Sequence[PackedSegment],
@@ -63,6 +69,7 @@ class TritonPass:
         rotate_keys: bool,
     ) -> None:
         self._levels, self._tiles, self._heads, self._eps = levels, tiles, heads, eps
+        self._segments = segments
         self._rotate_keys = rotate_keys
         self._device = levels.blocks.device
         lengths = [one.rows.stop - one.rows.start for one in segments]
@@ -112,6 +119,9 @@ class TritonPass:
 
     def _send(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+    def linear(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return by_segment(layer, x, self._segments) if self.linears_by_segment else layer(x)
 
     def modulation(self, layer: int) -> tuple[Tensor, ...]:
         return self._levels.blocks[:, layer].unbind(1)

@@ -149,7 +149,7 @@ class CausalVideoTransformer(nn.Module):
 
     def choose_kernels(self) -> None:
         """Kernels for the device that the weights lie on, from now on. ConfigError where it has none."""
-        self.kernels = kernels_for(self.patch_embedding.weight.device)
+        self.kernels = kernels_for(self.patch_embedding.weight.device, self.config.head_dim)
 
     # -- conditioning --
 
@@ -265,8 +265,8 @@ class CausalVideoTransformer(nn.Module):
         """One pass over packed rows [R, patch_dim + condition_dim] -> [R, patch_dim]; writes the segments' keys into
         their slots.
 
-        Linear layers run over all rows at once; all else is the kernels' (kernels/packed.py), which give a segment
-        the same result whatever its neighbours.
+        Linear layers run over all rows at once, unless the kernels were told otherwise; all else is the kernels'
+        (kernels/packed.py), which give a segment the same result whatever its neighbours.
         """
         work = self.kernels.begin(
             segments,
@@ -275,27 +275,27 @@ class CausalVideoTransformer(nn.Module):
             eps=self.config.eps,
             rotate_keys=self.config.rope_mode is RopeMode.ABSOLUTE,
         )
-        x = self._embed(tokens)
+        x = work.linear(self._embed, tokens)
         m = work.modulation(0)
         y = work.normalise(x, m[0], m[1])
         for layer, block in enumerate(self.layers):
             attention = block.self_attn
-            q, k, v = attention.q(y), attention.k(y), attention.v(y)
+            q, k, v = (work.linear(one, y) for one in (attention.q, attention.k, attention.v))
             with span("attention"):
                 q = work.append(q, k, v, attention.norm_q.weight, attention.norm_k.weight, layer)
                 y = work.attend_slots(q, layer)
-            y = attention.o(y)
+            y = work.linear(attention.o, y)
             x, y = work.residual_affine(x, y, m[2], block.norm3.weight, block.norm3.bias)
             attention = block.cross_attn
-            q = work.text_query(attention.q(y), attention.norm_q.weight)
-            y = attention.o(work.attend_text(q, layer))
+            q = work.text_query(work.linear(attention.q, y), attention.norm_q.weight)
+            y = work.linear(attention.o, work.attend_text(q, layer))
             x, y = work.residual(x, y, None, m[3], m[4])
-            y = block.ffn(y)
+            y = work.linear(block.ffn, y)
             # The residual is fused with the norm that comes next: the following block's, or the head's.
             gate = m[5]
             m = work.modulation(layer + 1) if layer + 1 < len(self.blocks) else work.head_modulation()
             x, y = work.residual(x, y, gate, m[0], m[1])
-        return self.head.head(y)
+        return work.linear(self.head.head, y)
 
 
 def init_weights(model: CausalVideoTransformer, seed: int) -> None:

@@ -275,19 +275,31 @@ class ShapesModel:
     def self_test(self) -> dict[str, Any]:
         """Whether a session's rows come out of a packed pass with the same bits as alone.
 
-        Where they do not (another CPU, another library), passes run segment by segment from here on: slower, but a
-        session's video still does not depend on its neighbours.
+        Where they do not (another CPU, another library), linear layers (on a GPU) or whole passes (on a CPU) run
+        segment by segment from here on: slower, but a session's video still does not depend on its neighbours.
         """
         from turboserve.model.shapes.self_test import packed_equals_alone
 
+        kernels = self._transformer.kernels
+        kernels.linears_by_segment = False
         found = packed_equals_alone(self)
+        if self._device.type == "cuda" and not found["packed_equals_alone"]:
+            # Most likely the library picked other linear kernels for more rows. Each segment at its own shape, then.
+            kernels.linears_by_segment = True
+            found = packed_equals_alone(self)
+            _log.warning("packed rows differ from the same rows alone; linear layers run segment by segment")
         self._one_by_one = self._device.type == "cpu" and not found["packed_equals_alone"]
         if self._one_by_one:
             _log.warning(
                 "packed rows differ from the same rows alone by %g; segments run one by one",
                 found["max_abs_difference"],
             )
-        return {**found, "one_by_one": self._one_by_one, "kernels": self._transformer.kernels.name}
+        return {
+            **found,
+            "one_by_one": self._one_by_one,
+            "kernels": kernels.name,
+            "linears_by_segment": kernels.linears_by_segment,
+        }
 
 
 def _slot_view(kv_cache: Tensor) -> Tensor:

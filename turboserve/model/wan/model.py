@@ -290,6 +290,7 @@ class WanModel:
         shapes = layout.linear_shapes(self._transformer.blocks)
         differing = layout.packed_linears_equal(shapes, self._slot.page_tokens)
         self._one_by_one = self._device.type == "cpu" and bool(differing)
+        self._transformer.kernels.linears_by_segment = self._device.type == "cuda" and bool(differing)
         if self._one_by_one:
             _log.warning("packed rows differ from the same rows alone in %s; segments run one by one", differing)
         return {
@@ -297,6 +298,7 @@ class WanModel:
             "dtype": str(self._dtype),
             "packed_linears_differ": differing,
             "one_by_one": self._one_by_one,
+            "linears_by_segment": self._transformer.kernels.linears_by_segment,
         }
 
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from real_server import RunningServer, start_server
+from tiny_pipeline import write_pipeline
 
 from turboserve import AsyncSession
 from turboserve.cli.main import main
@@ -28,7 +29,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, folder):
-    with start_server(tmp_path_factory.mktemp("wan-server"), str(folder), "--workers", "2") as running:
+    pipeline = write_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny-pipeline")
+    options = ("--workers", "2", "--video-pipeline", str(pipeline))
+    with start_server(tmp_path_factory.mktemp("wan-server"), str(folder), *options) as running:
         yield running
 
 
@@ -76,3 +79,26 @@ async def test_a_folder_serves_in_every_prompt_switch_mode_with_the_frames_it_ma
     assert len(set(chains)) == 3 and len({one[:SWITCH_INDEX] for one in chains}) == 1
     workers = asked(server, "/v1/cluster")["workers"]
     assert [one["state"] for one in workers] == ["ready", "ready"]
+
+
+async def test_a_pipeline_makes_a_video_beside_a_live_session(server):
+    names = [one["id"] for one in (await asyncio.to_thread(asked, server, "/v1/models"))["data"]]
+    assert names == ["tiny-wan", "tiny-pipeline"]
+    wish = {"prompt": PROMPT, "model": "tiny-pipeline", "seconds": 0.5, "size": "32x32", "steps": 3, "seed": 5}
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+        live = asyncio.create_task(stream(server, "swap"))
+        made = (await http.post("/v1/videos", json=wish)).json()
+        assert made["object"] == "video" and made["model"] == "tiny-pipeline", made
+        async with asyncio.timeout(120):
+            while (video := (await http.get(f"/v1/videos/{made['id']}")).json())["status"] != "completed":
+                assert video["status"] != "failed", video
+                await asyncio.sleep(0.1)
+        assert len((await live)[0]) == CHUNKS
+        content = await http.get(f"/v1/videos/{made['id']}/content")
+        assert content.headers["content-type"] == "video/mp4" and content.content[4:8] == b"ftyp"
+        listed = (await http.get("/v1/videos")).json()
+        assert [one["id"] for one in listed["data"]] == [made["id"]]
+        assert (await http.delete(f"/v1/videos/{made['id']}")).json()["deleted"]
+        assert (await http.get(f"/v1/videos/{made['id']}")).status_code == 404
+        wrong = await http.post("/v1/videos", json={**wish, "size": "31x32"})
+        assert wrong.status_code == 422 and wrong.json()["error"]["param"] == "size"

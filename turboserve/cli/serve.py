@@ -85,6 +85,11 @@ from turboserve.errors import ConfigError
     help="Folder for every decision's inputs and answer, for `simulate --from-recording`; at most 128 MB.",
 )
 @click.option(
+    "--video-pipeline",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A diffusers pipeline's folder for /v1/videos; live sessions go before it at every step's end.",
+)
+@click.option(
     "--record-trace",
     type=click.Path(dir_okay=False, path_type=Path),
     help="File (.csv.gz) for a trace of what users did, for `simulate --trace`.",

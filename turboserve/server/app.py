@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -21,7 +22,9 @@ from turboserve.server.cluster_view import ClusterView
 from turboserve.server.gateway import Gateway
 from turboserve.server.gateway_config import GatewayConfig
 from turboserve.server.guard import Guard
+from turboserve.server.pipeline_videos import PipelineVideos
 from turboserve.server.videos import VideoJobs
+from turboserve.session import PublicState
 
 
 class Addresses:
@@ -82,6 +85,7 @@ def build_app(
     state.frame_ring_bytes = frame_ring_bytes
     state.cluster_view = ClusterView(gateway)
     state.videos = VideoJobs(gateway, catalogue)
+    state.pipeline = open_pipeline(config, gateway)
     http_errors.install(app, gateway.log)
     for module in (routes_open, routes_sessions, routes_videos, routes_admin):
         app.include_router(module.router)
@@ -91,6 +95,21 @@ def build_app(
         return JSONResponse(app.openapi())
 
     return app
+
+
+def open_pipeline(config: GatewayConfig, gateway: Gateway) -> PipelineVideos | None:
+    """The diffusers pipeline beside the live model, where one is served."""
+    if not config.video_pipeline:
+        return None
+    return PipelineVideos(
+        Path(config.video_pipeline),
+        config.video_device,
+        Path(config.data_dir) / "videos",
+        live_busy=lambda: gateway.logic.states()[PublicState.ACTIVE.value] > 0,
+        log=gateway.log,
+        kept=config.limits.videos_kept,
+        kept_s=config.limits.videos_kept_s,
+    )
 
 
 def guarded(app: ASGIApp, config: GatewayConfig, gateway: Gateway) -> ASGIApp:

@@ -69,6 +69,7 @@ class ServeOptions:
     log_level: str
     record: Path | None = None
     record_trace: Path | None = None
+    video_pipeline: Path | None = None
 
 
 class Fleet:
@@ -137,6 +138,8 @@ class Fleet:
             shutdown_timeout_s=options.shutdown_timeout,
             log_format=options.log_format,
             log_level=options.log_level,
+            video_pipeline=str(options.video_pipeline.resolve()) if options.video_pipeline else "",
+            video_device=options.device,
             record_trace=str(options.record_trace.resolve()) if options.record_trace else "",
         )
 

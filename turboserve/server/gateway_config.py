@@ -93,6 +93,9 @@ class GatewayConfig:
     playback_rate: float = 1.0
     shutdown_timeout_s: float = 10.0
     encoder_threads: int = 2
+    video_pipeline: str = ""
+    """Folder of a diffusers pipeline that /v1/videos offers besides (`serve --video-pipeline`); empty: none."""
+    video_device: str = "cpu"
     record_trace: str = ""
     """File for a trace of what users do (`serve --record-trace`); empty: none."""
     log_format: str = "console"

@@ -76,6 +76,8 @@ class GatewayProcess:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self.workers.close()
             self.app.state.videos.close()
+            if self.app.state.pipeline is not None:
+                await self.app.state.pipeline.close()
             self.gateway.close()
 
     async def serve(self) -> int:

@@ -49,7 +49,9 @@ async def readyz(request: Request) -> Response:
 async def models(request: Request) -> dict[str, Any]:
     """What can be asked of this server."""
     entries = [request.app.state.catalogue.as_json()]
-    return {"object": "list", "data": entries, "models": entries}
+    pipeline = request.app.state.pipeline
+    also = [] if pipeline is None else [pipeline.as_model()]
+    return {"object": "list", "data": entries + also, "models": entries}
 
 
 @router.get("/", include_in_schema=False)

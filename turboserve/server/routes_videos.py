@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import secrets
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,9 +14,10 @@ from turboserve.errors import Conflict, InvalidRequest, NotFound
 from turboserve.server.auth import Identity
 from turboserve.server.bodies import CreateVideoBody, json_schema, read_body
 from turboserve.server.catalogue import Catalogue
+from turboserve.server.pipeline_videos import PipelineJob, PipelineVideos
 from turboserve.server.protocol import clean_prompt
 from turboserve.server.routes_sessions import check_id, new_session
-from turboserve.server.videos import VideoJobs
+from turboserve.server.videos import VideoJob, VideoJobs
 
 router = APIRouter()
 SECONDS_DEFAULT = 4.0
@@ -42,6 +45,17 @@ async def create_video(request: Request) -> JSONResponse:
     body = await read_body(request, CreateVideoBody)
     seconds = _seconds(body.seconds)
     prompt = clean_prompt(body.prompt)
+    pipeline: PipelineVideos | None = request.app.state.pipeline
+    if pipeline is not None and body.model == pipeline.name:
+        made = await pipeline.create(
+            tenant=identity.tenant,
+            prompt=prompt,
+            seed=secrets.randbelow(1 << 31) if body.seed is None else body.seed,
+            size=body.size,
+            steps=body.steps,
+            seconds=seconds,
+        )
+        return JSONResponse(made.as_json(_kept_s(request)))
     choice = catalogue.choose(
         model=body.model, size=body.size, steps=body.steps, prompt_switch=None, max_duration_s=seconds
     )
@@ -67,44 +81,58 @@ def _id(text: str) -> str:
         raise NotFound("no such video", hint="it may have expired, or belong to another key") from None
 
 
+def _kinds(request: Request) -> list[VideoJobs | PipelineVideos]:
+    """Where videos are made: by the live model, and by a pipeline where there is one."""
+    state = request.app.state
+    return [one for one in (state.videos, state.pipeline) if one is not None]
+
+
+def _find(request: Request, video_id: str) -> tuple[VideoJobs | PipelineVideos, VideoJob | PipelineJob]:
+    """A video and who makes it; NotFound."""
+    found_id, tenant = _id(video_id), _tenant(request)
+    *others, last = _kinds(request)
+    for kind in others:
+        with contextlib.suppress(NotFound):
+            return kind, kind.find(found_id, tenant)
+    return last, last.find(found_id, tenant)
+
+
 @router.get("/v1/videos")
 async def list_videos(request: Request, limit: int = 20, order: str = "desc", after: str = "") -> dict[str, Any]:
-    videos: VideoJobs = request.app.state.videos
-    jobs = videos.list(_tenant(request))
+    tenant = _tenant(request)
+    jobs = sorted((one for kind in _kinds(request) for one in kind.list(tenant)), key=lambda one: one.created_unix_s)
     if order != "asc":
         jobs.reverse()
-    ids = [one.wish.sid for one in jobs]
+    ids = [one.id for one in jobs]
     if after in ids:
         jobs = jobs[ids.index(after) + 1 :]
     page = jobs[: max(1, min(limit, 100))]
     return {
         "object": "list",
         "data": [one.as_json(_kept_s(request)) for one in page],
-        "first_id": page[0].wish.sid if page else None,
-        "last_id": page[-1].wish.sid if page else None,
+        "first_id": page[0].id if page else None,
+        "last_id": page[-1].id if page else None,
         "has_more": len(jobs) > len(page),
     }
 
 
 @router.get("/v1/videos/{video_id}")
 async def get_video(video_id: str, request: Request) -> dict[str, Any]:
-    videos: VideoJobs = request.app.state.videos
-    return videos.find(_id(video_id), _tenant(request)).as_json(_kept_s(request))
+    _, job = _find(request, video_id)
+    return job.as_json(_kept_s(request))
 
 
 @router.get("/v1/videos/{video_id}/content")
 async def video_content(video_id: str, request: Request) -> Response:
-    videos: VideoJobs = request.app.state.videos
-    job = videos.find(_id(video_id), _tenant(request))
+    _, job = _find(request, video_id)
     if job.status != "completed":
         raise Conflict(f"the video is {job.status}", expected="completed", hint="ask GET /v1/videos/{id} first")
-    return FileResponse(job.path, media_type="video/mp4", filename=f"{job.wish.sid}.mp4")
+    return FileResponse(job.path, media_type="video/mp4", filename=f"{job.id}.mp4")
 
 
 @router.delete("/v1/videos/{video_id}")
 async def delete_video(video_id: str, request: Request) -> dict[str, Any]:
     """Remove a video; one that is being made is stopped."""
-    videos: VideoJobs = request.app.state.videos
-    video_id = _id(video_id)
-    videos.remove(video_id, _tenant(request))
-    return {"id": video_id, "object": "video.deleted", "deleted": True}
+    kind, job = _find(request, video_id)
+    kind.remove(job.id, _tenant(request))
+    return {"id": job.id, "object": "video.deleted", "deleted": True}

@@ -40,6 +40,10 @@ class VideoJob:
     queue: deque[StoredChunk | dict[str, Any] | None] = field(default_factory=deque)
     filled: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def id(self) -> str:
+        return self.wish.sid
+
     # As a viewer of the gateway:
 
     def message(self, message: dict[str, Any]) -> None:

@@ -156,18 +156,6 @@ def session_of_nobody_is_left_with_the_controller(right: Any, self: Any, message
     return None
 
 
-@mutant(SessionCredits, "lose")
-def credit_of_a_lost_worker_stays_out(right: Any, self: Any, now_s: float) -> None:
-    self.state = "recovering"
-
-
-@mutant(SessionCredits, "placed")
-def new_owner_is_given_only_new_credits(right: Any, self: Any, message: Any, now_s: float) -> None:
-    sent = self.sent
-    right(self, message, now_s)
-    self.sent = max(self.sent, sent)
-
-
 @mutant(SessionStream, "_attached")
 def viewer_gets_the_ring_from_its_beginning(right: Any, self: Any, connection: int, token: str, now_s: float) -> None:
     if self.viewer is not None and self.viewer.connection == connection and self.ring:
@@ -210,11 +198,6 @@ def release_is_not_told(right: Any, self: Any, *args: Any) -> None:
 
 @mutant(WorkerBooks, "_forget_from")
 def stopped_worker_counts_credits_it_never_began(right: Any, self: Any, session: Any, next_index: int) -> None:
-    return None
-
-
-@mutant(WorkerLogic, "_on_accepted")
-def everything_counts_as_accepted_at_once(right: Any, self: Any, accepted: Any, now_s: float) -> None:
     return None
 
 

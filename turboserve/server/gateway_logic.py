@@ -230,12 +230,11 @@ class GatewayLogic:
         self.operations.start(build, now_s, session.sid, lasts=True)
 
     def let_go(self, now_s: float) -> list[Effect]:
-        """This gateway stops. Workers need not hold what its log can make again, so they end at once."""
+        """This gateway stops: no further credit. Its sessions stay: its successor goes on with them, and when the whole
+        server stops the controller suspends them to disk."""
         self.draining = True
         for session in self.sessions.values():
-            if session.ended_s is None:
-                session.lose(now_s)
-                self.operations.start(end_message(session.sid, "gateway_stops"), now_s, session.sid, lasts=True)
+            session.lose(now_s)
         return self._take(now_s)
 
     def controller_lost(self) -> list[Effect]:

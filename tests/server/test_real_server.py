@@ -188,6 +188,10 @@ async def test_one_stream_through_every_process_that_may_die(tmp_path: Path) -> 
         assert time.monotonic() - began_s < 9
 
     with start_server(tmp_path, "--workers", "1", port=int(server.url.rpartition(":")[2])) as server:
+        session = client.url.split("/")[-2]
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            found = (await http.get(f"/v1/sessions/{session}")).json()
+        assert found["state"] == "suspended" and found["bytes"]["disk"] > 0, "it waits on disk"
         await client.run(9)
         assert client.digests == reference.digests
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.orchestrator.stories import K4
 from turboserve.orchestrator.placement import _survey, best_cap, lightest, movable
-from turboserve.orchestrator.unequal import load_latency, search
+from turboserve.orchestrator.unequal import search
 
 TABLE = np.array(K4.batch_latency_s)
 
@@ -77,58 +77,3 @@ def test_compiled_loops_equal_their_plain_twins(seed: int, workers: int, session
     open_ = np.ones(workers, np.bool_)
     searching = (home, load, in_chunk.astype(np.int8), load_on, open_, open_, load * 0.03, TABLE, 20.0, 1.0, 6)
     np.testing.assert_array_equal(search(*searching), search.py_func(*searching))
-
-
-def value(home: np.ndarray, was: np.ndarray, load: np.ndarray, workers: int, move_s: np.ndarray) -> float:
-    """The objective of the oracle: latency of the fullest worker * horizon + seconds moved."""
-    fullest = np.bincount(home, weights=load, minlength=workers).max()
-    return load_latency(TABLE, fullest) * 20.0 + float(move_s[home != was].sum())
-
-
-def oracle(was: np.ndarray, load: np.ndarray, workers: int, move_s: np.ndarray, budget: int) -> float:
-    """Optimum by trying every set of at most `budget` moves, one out and one in a worker."""
-    best = value(was, was, load, workers, move_s)
-
-    def extend(home: np.ndarray, start: int, sent: int, took: int, left: int) -> None:
-        nonlocal best
-        for i in range(start, len(was)):
-            if sent >> was[i] & 1:
-                continue
-            for w in range(workers):
-                if w == was[i] or took >> w & 1:
-                    continue
-                home[i] = w
-                best = min(best, value(home, was, load, workers, move_s))
-                if left > 1:
-                    extend(home, i + 1, sent | 1 << was[i], took | 1 << w, left - 1)
-                home[i] = was[i]
-
-    extend(was.copy(), 0, 0, 0, budget)
-    return best
-
-
-def gaps(count: int, seed: int, unequal: bool) -> list[float]:
-    """(ours - optimum) / optimum on random small instances."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        workers = int(rng.integers(2, 7))
-        sessions = int(rng.integers(workers, 3 * workers + 1))
-        was = rng.integers(0, workers, sessions)
-        load = rng.choice([0.5, 1.0, 1.5, 2.0, 3.0], sessions) if unequal else np.ones(sessions)
-        move_s = load * 0.03
-        budget = int(rng.integers(1, 4))
-        open_ = np.ones(workers, np.bool_)
-        load_on = np.bincount(was, weights=load, minlength=workers)
-        fixed = np.zeros(sessions, np.int8)
-        ours = search(was, load, fixed, load_on, open_, open_, move_s, TABLE, 20.0, 1.0, budget)
-        best = oracle(was, load, workers, move_s, budget)
-        found.append((value(ours, was, load, workers, move_s) - best) / best)
-    return found
-
-
-@pytest.mark.parametrize("unequal", [False, True])
-def test_gap_to_the_exact_oracle(unequal: bool) -> None:
-    found = gaps(40, 7, unequal)
-    assert min(found) > -1e-9
-    assert np.mean(found) <= 0.02

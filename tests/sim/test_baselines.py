@@ -17,7 +17,7 @@ from turboserve.sim.policies.lcp import Lcp
 from turboserve.sim.profile_files import load_profile
 from turboserve.sim.replay import Settings, simulate
 from turboserve.sim.report import report
-from turboserve.sim.trace import demand, write_trace
+from turboserve.sim.trace import demand, read_trace, write_trace
 from turboserve.sim.workload import Workload, generate
 
 K4 = load_profile("k4")
@@ -238,6 +238,22 @@ def test_levelling_reaches_the_least_maximum():
                 row = view.sessions.ids.index(move.session)
                 view.sessions.worker[row] = view.workers.ids.index(move.worker)
         assert Book(view).load[:6].max() == -(-sum(loads) // 6)
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if policy_class(name).scales])
+def test_a_fleet_that_was_lost_comes_back(name, tmp_path):
+    """Two sessions are half of one worker's capacity: within every rule's calm band."""
+    lines = "".join(f"{t},{s},{e},{c}\n" for s in "ab" for t, e, c in ((0, "arrive", ""), (0, "active", 60)))
+    lines += "60,a,depart,\n60,b,depart,\n"
+    (tmp_path / "t.csv").write_text("time_s,session_id,event,chunks\n" + lines)
+    policy = make_policy(name, scaling=True, provision_s=5.0)
+    run = simulate(
+        read_trace(tmp_path / "t.csv"),
+        K4,
+        policy,
+        Settings(provision_s=5.0, warmup_s=0.0, initial_workers=1, losses_s=(20.0,)),
+    )
+    assert len(run.rows) == 120
 
 
 def test_unknown_policies_and_knobs_are_refused():

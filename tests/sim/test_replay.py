@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from turboserve.audit.audit import audit_run
 from turboserve.errors import ConfigError, TraceError
-from turboserve.orchestrator.plan import Action, Plan, Shed, Suspend
+from turboserve.orchestrator.plan import Action, Migrate, Plan, Shed, Suspend
 from turboserve.orchestrator.view import ClusterView
 from turboserve.sim.batch_steps import R_BATCH, R_FINISH, R_N, R_RELEASE, R_SESSION, R_START, R_STEPS
 from turboserve.sim.events import TRANSFER_END, WAKE, Timers, up_us
@@ -63,6 +63,21 @@ def test_run_and_bill_end_with_the_last_chunk_not_with_a_transfer(tmp_path: Path
     assert sum(d["event"] == "suspend" and d["end_s"] == 7.4 for d in run.log.decisions) == 1
     assert run.end_us == trace.horizon_us == 3_200_000
     assert report(run)["worker_hours"] == pytest.approx(3.2 / 3600)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_a_move_that_has_not_begun_survives_the_loss_of_its_target(tmp_path: Path, seed: int) -> None:
+    """The chunk in work ends at 0.4 s; at 0.3 s one of the two workers is lost."""
+    trace = trace_of("0,a,arrive, 0,a,active,8 8,a,depart,", tmp_path)
+    policy = _ActsOnce(0.2, Migrate("a", "w00000", "w00001", ""))
+    chosen = Settings(workers=2, warmup_s=0.0, losses_s=(0.3,), provision_s=5.0, seed=seed)
+    run = simulate(trace, K4, policy, chosen)
+    lost = next(d["worker"] for d in run.log.decisions if d["event"] == "worker_lost")
+    events = {d["event"] for d in run.log.decisions}
+    assert "migrate" not in events and ("resume" in events) == (lost == "w00000")
+    write_trace(trace, tmp_path / "t.csv.gz")
+    write_run(run, report(run), tmp_path / "run")
+    assert audit_run(tmp_path / "run", tmp_path / "t.csv.gz", "k4", {})["violation_counts"] == {}
 
 
 def test_shed_chunks_count_from_their_release(tmp_path: Path) -> None:

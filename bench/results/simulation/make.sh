@@ -8,6 +8,7 @@ set -eu
 OUT=${OUT:-runs/simulation}
 small="gentd_surge gentd_evening gentd_falloff gentd_stack3 azure_conv_p15 mooncake_chat_q25 mooncake_chat_full hyb_azconv_gentd_p20"
 big="azure_conv_full hyb_r1_trough hyb_flash_large hyb_r1_step hyb_r1_burst"
+three="gentd_surge azure_conv_p15 mooncake_chat_q25"
 few="gentd_surge azure_conv_p15 mooncake_chat_q25 hyb_azconv_gentd_p20"
 with() { for name in "$@"; do printf -- '--trace %s/%s.csv.gz ' "$TRACES" "$name"; done; }
 compare() { into=$1; shift; turboserve compare --jobs "${JOBS:-2}" --out "$OUT$into" "$@"; }
@@ -23,41 +24,40 @@ cost() { # Worker-hours at equal service, D = 30 s: ours, and the smallest stati
     service --seeds 1 $(with $big) --policy static-least
 }
 latencies() { # Chunk latency at equal fleets of ceil(peak / capacity), full steps.
-    latency --factor 1.0 --audit $(with $few) $fixed
     latency --factor 1.0 --seeds 5 $(with $small) $fixed
+    latency --factor 1.0 --audit $(with $few) $fixed
     latency --factor 1.0 --seeds 1 $(with $big) $fixed
 }
 delays() {
-    service --provision-s 0 --provision-s 120 --seeds 5 $(with $small) --policy turboserve
+    service --provision-s 0 --provision-s 120 --seeds 2 $(with $small) --policy turboserve
     service --provision-s 0 --provision-s 120 --seeds 1 $(with $big) --policy turboserve
 }
-baselines() { # Every knob setting on one run of each of four windows; those that serve there with five seeds on eight.
-    compare "" --study tune $(with $few)
-    service $(with $few) --policy static-least-resume --policy slack --policy static-memory
-    service --seeds 5 $(with $small) --policy hpa:target=0.7
-    service --seeds 2 $(with $small) --policy lcp:target=0.6 --policy llumnix:up=0.6,down=0.4 --policy published:rho=0.7
-    service --seeds 1 $(with $big) --policy hpa:target=0.7
-    service --provision-s 0 --provision-s 120 --seeds 1 $(with $small) --policy hpa:target=0.7 --policy lcp:target=0.6
+baselines() { # Every knob setting on one run of each of three windows; one that serves there on eight.
+    compare "" --study tune $(with $three)
+    service $(with $three) --policy static-least-resume --policy slack
+    service --seeds 1 $(with $small) --policy hpa:target=0.7 --policy lcp:target=0.6
+    service --provision-s 0 --provision-s 120 --seeds 1 $(with $small) --policy hpa:target=0.7
+    service --seeds 1 $(with hyb_flash_large hyb_r1_trough azure_conv_full) --policy hpa:target=0.7
 }
 compute4() {
     service --profile compute4 --seeds 5 $(with $small) --policy turboserve
-    service --profile compute4 --seeds 2 $(with $small) --policy static-least
-    latency --profile compute4 --factor 1.0 --seeds 2 $(with $small) $fixed
+    latency --profile compute4 --factor 1.0 --seeds 1 $(with $small) $fixed
+    service --profile compute4 --seeds 1 $(with $small) --policy static-least
     service --profile compute4 --seeds 1 $(with $big) --policy turboserve
     service --profile compute4 --provision-s 0 --provision-s 120 --seeds 1 $(with $small) --policy turboserve
-    service --profile compute4 --seeds 1 $(with $small) --policy hpa:target=0.7
 }
 room() { # The same with more workers than the peak needs.
     latency --factor 1.3 --factor 1.6 --seeds 2 $(with $small) $fixed
 }
-more() { # More seeds on the large windows.
-    service --seeds 3 $(with $big) --policy turboserve
-}
 ablation() {
     compare "" --study ablation --steps-floor 2 --seeds 2 $(with $few)
 }
+more() { # More seeds on the large windows, and of the baselines.
+    service --seeds 3 $(with $big) --policy turboserve
+    service --seeds 5 $(with $small) --policy hpa:target=0.7
+}
 units() { # Workers that come in nodes of eight.
-    compare /units --study service --steps-floor 2 --unit-workers 8 --seeds 2 $(with $small hyb_r1_trough) \
+    compare /units --study service --steps-floor 2 --unit-workers 8 --seeds 1 $(with $small hyb_r1_trough) \
         --policy turboserve --policy hpa:target=0.7
 }
 sweep() { # Tail of the periods' lengths x swing of demand, synthetic.
@@ -66,9 +66,9 @@ sweep() { # Tail of the periods' lengths x swing of demand, synthetic.
         turboserve trace synth "$OUT/sweep/tail${tail}_swing$swing.csv.gz" --kind diurnal --mean-active 40 --horizon-s 5400 \
             --tail $tail --swing $swing --seed 1 > "$OUT/sweep/synth.json"
     done; done
-    compare /sweep --study latency --factor 1.0 --seeds 3 $(for f in "$OUT"/sweep/tail*.csv.gz; do printf -- '--trace %s ' "$f"; done) \
+    compare /sweep --study latency --factor 1.0 --seeds 2 $(for f in "$OUT"/sweep/tail*.csv.gz; do printf -- '--trace %s ' "$f"; done) \
         --policy static-rr --policy static-least --policy static-least-resume --policy turboserve
-    compare /sweep --study service --steps-floor 2 --seeds 3 $(for f in "$OUT"/sweep/tail*.csv.gz; do printf -- '--trace %s ' "$f"; done) \
+    compare /sweep --study service --steps-floor 2 --seeds 2 $(for f in "$OUT"/sweep/tail*.csv.gz; do printf -- '--trace %s ' "$f"; done) \
         --policy turboserve --policy static-least
 }
 fleets() { # Fleets of 4 to 64 workers, synthetic.
@@ -82,4 +82,4 @@ fleets() { # Fleets of 4 to 64 workers, synthetic.
         --policy turboserve --policy static-least
 }
 
-for part in ${@:-cost latencies delays baselines compute4 ablation room units sweep fleets more}; do $part; done
+for part in ${@:-cost latencies ablation baselines delays compute4 room units sweep fleets more}; do $part; done

@@ -41,6 +41,8 @@ class Llumnix(FleetPolicy):
         if now_s < self._next_check_s:
             return None
         self._next_check_s = now_s + CHECK_S
+        if book.size == 0 and book.active_sessions:
+            return 1, "Llumnix: sessions wait and there is no worker"  # all were lost; usage has no meaning
         size = max(1, book.size)
         usage = book.active_sessions / (book.view.profile.capacity * size)
         step = max(book.view.profile.provision_unit_workers, math.floor(self.step_share * size))

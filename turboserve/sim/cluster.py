@@ -310,12 +310,12 @@ class SimCluster:
         )
         started = w.state[row] != STARTING
         stays = [int(r) for r in touched if s.target[r] == row and s.transfer_end_s[r] == np.inf]
-        for r in stays:  # its move to the lost worker has not begun: it goes on where it is
-            w.outbound[s.worker[r]] = False
+        for kept in stays:  # its move to the lost worker has not begun: it goes on where it is
+            w.outbound[s.worker[kept]] = False
             self.fleet.held[row] -= 1
-            s.state[r], s.target[r], s.transfer_end_s[r] = HELD, NOWHERE, 0.0
-            self.batches.session[r, HOLD] = 0
-            self._reasons.pop(r, None)
+            s.state[kept], s.target[kept], s.transfer_end_s[kept] = HELD, NOWHERE, 0.0
+            self.batches.session[kept, HOLD] = 0
+            self._reasons.pop(kept, None)
         touched = np.setdiff1d(touched, stays)
         for r in touched:
             source, target = int(s.worker[r]), int(s.target[r])

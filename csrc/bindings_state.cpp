@@ -160,7 +160,10 @@ void bind_state(py::module_& module) {
       py::arg("memory"), py::arg("threads"));
   module.def(
       "load_cuda",
-      [](const std::vector<std::string>& paths) { return py::make_tuple(cuda_runtime(paths).path, cuda_device_count()); },
+      [](const std::vector<std::string>& paths) {
+        const std::string found = cuda_runtime(paths).path;  // first: later calls know no paths
+        return py::make_tuple(found, cuda_device_count());
+      },
       py::arg("paths"), "(what was loaded or why nothing was, devices that can be used)");
   module.def(
       "cuda_register",

@@ -52,9 +52,7 @@ FAILPOINTS: dict[str, str] = {
 
 
 class FailpointError(TurboServeError):
-    """What `raise` raises."""
-
-    code = "failpoint"
+    """What `raise` raises; to a client it is an internal error like any other."""
 
 
 @dataclass(slots=True)

@@ -81,6 +81,45 @@ async def test_a_folder_serves_in_every_prompt_switch_mode_with_the_frames_it_ma
     assert [one["state"] for one in workers] == ["ready", "ready"]
 
 
+async def test_suspended_and_migrated_in_the_middle_of_a_switch_the_frames_are_the_same(server, folder, tmp_path):
+    """Its bytes leave the worker twice: before the new prompt, and after the first blended chunk."""
+    digests, workers = [], []
+    async with (
+        AsyncSession(PROMPT, base_url=server.url, seed=SEED, pace="free", prompt_switch="blend") as session,
+        httpx.AsyncClient(base_url=f"{server.url}/v1/admin/sessions/{session.id}", timeout=60) as admin,
+    ):
+        await session.update(AFTER, from_index=SWITCH_INDEX)
+        async for chunk in session:
+            digests.append(chunk.digest)
+            workers.append((await session.info())["worker"])
+            if len(digests) == 2:
+                assert (await admin.post("/suspend")).status_code == 200
+            if len(digests) == SWITCH_INDEX + 1:
+                other = {"w0": "w1", "w1": "w0"}[workers[-1]]
+                moved = await admin.post("/migrate", json={"target": other})
+                assert moved.status_code == 200, moved.text
+            if len(digests) == CHUNKS:
+                break
+    assert digests == generated(folder, tmp_path, "blend")
+    assert workers[-1] == other
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "h264", "mp4"])
+async def test_the_page_s_formats_carry_it(server, kind):
+    async with AsyncSession(PROMPT, base_url=server.url, seed=SEED, pace="free", format=kind) as session:
+        made = [chunk async for chunk in _first(session, 2)]
+    assert [one.index for one in made] == [0, 1] and all(one.payload for one in made)
+
+
+async def _first(session: AsyncSession, count: int) -> Any:
+    taken = 0
+    async for chunk in session:
+        yield chunk
+        taken += 1
+        if taken == count:
+            return
+
+
 async def test_a_pipeline_makes_a_video_beside_a_live_session(server):
     names = [one["id"] for one in (await asyncio.to_thread(asked, server, "/v1/models"))["data"]]
     assert names == ["tiny-wan", "tiny-pipeline"]

@@ -13,6 +13,9 @@ from turboserve.runtime import arena_table
 
 log = logging.getLogger(__name__)
 
+_USED = ("CopyEngine", "checksum64", "copy_now", "cuda_register", "cuda_unregister", "load_cuda", "touch_pages")
+"""What this package calls of it: a build from before one of these must not be taken for a whole one."""
+
 
 def _load() -> tuple[ModuleType | None, str]:
     """The module, or None and why not."""
@@ -20,7 +23,8 @@ def _load() -> tuple[ModuleType | None, str]:
         from turboserve import _native
     except ImportError as error:
         return None, f"turboserve._native is not there ({error})"
-    if getattr(_native, "ARENA_LAYOUT_VERSION", None) != arena_table.LAYOUT_VERSION:
+    lacks = [name for name in _USED if not hasattr(_native, name)]
+    if lacks or getattr(_native, "ARENA_LAYOUT_VERSION", None) != arena_table.LAYOUT_VERSION:
         return None, "turboserve._native was built from other sources; build it again"
     return _native, ""
 

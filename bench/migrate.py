@@ -167,6 +167,7 @@ class Receiver:
 @click.option("--rounds", default=30, type=click.IntRange(3), help="Measurements of each contender.")
 def command(wanted: Callable[[str], bool], rounds: int) -> Iterator[Row]:
     """Session state between two processes: arena and socket, against gloo and a pipe."""
+    torch.set_num_threads(1)  # as in a worker
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

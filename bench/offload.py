@@ -279,6 +279,7 @@ def point_rows(rounds: int) -> Iterator[Row]:
 @click.option("--rounds", default=50, type=click.IntRange(3), help="Measurements of each contender.")
 def command(wanted: Callable[[str], bool], rounds: int) -> Iterator[Row]:
     """A session's state into host memory and back, against plain copies and safetensors."""
+    torch.set_num_threads(1)  # as in a worker
     if any(wanted(f"offload/copy/cpu/{TWIN_NAMES[twin]}") for twin in TWINS):
         yield from copy_rows(rounds, "cpu")
     if torch.cuda.is_available() and native.load_cuda()[1] and wanted("offload/copy/cuda/C++"):

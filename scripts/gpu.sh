@@ -35,6 +35,7 @@ if (($("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') > 1)); the
 fi
 step "bench kernels" 150 "$PYTHON" -m turboserve bench kernels --device cuda --out "$OUT"
 step "bench coalescing" 60 "$PYTHON" -m turboserve bench coalescing --device cuda --sessions 1,4,16 --out "$OUT"
+step "bench wan" 90 "$PYTHON" -m turboserve bench wan --device cuda --rounds 5 --out "$OUT"
 for name in offload migrate; do
     step "bench $name" 45 "$PYTHON" -m turboserve bench "$name" --out "$OUT"
 done

@@ -42,6 +42,17 @@ def test_calibrate_writes_a_profile_that_its_readers_take(tmp_path, model):
     assert "steps latents are" in done.output
 
 
+def test_another_size_is_another_profile(tmp_path):
+    path = tmp_path / "profile.json"
+    arguments = ["calibrate", "wan-tiny", "--size", "64x32", "--segments", "1", "--repeats", "1", "-o", str(path)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    measured = json.loads(path.read_text())["measured"]
+    assert measured["size"] == "64x32"
+    assert measured["passes"][0]["tokens"] == 2 * load_model("wan-tiny").spec.slot.page_tokens
+    assert CliRunner().invoke(main, ["calibrate", "shapes", "--size", "64x32"]).exit_code == 2
+
+
 def test_a_written_profile_simulates(tmp_path):
     path, trace = tmp_path / "profile.json", tmp_path / "trace.csv.gz"
     runner = CliRunner()

@@ -13,6 +13,7 @@ from turboserve.cli.options import console, json_option, print_json
 @click.command()
 @click.argument("model", default="shapes")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--size", metavar="WxH", help="For models that can have another.  [default: the model's]")
 @click.option("--segments", default=8, type=click.IntRange(1, 64), help="Largest batch of sessions to time.")
 @click.option("--repeats", default=5, type=click.IntRange(1, 100), help="Timings of each pass; the median counts.")
 @click.option("--chunk-target-s", type=click.FloatRange(min=0, min_open=True), help="[default: a chunk's own length]")
@@ -25,6 +26,7 @@ from turboserve.cli.options import console, json_option, print_json
 def command(
     model: str,
     device: str,
+    size: str | None,
     segments: int,
     repeats: int,
     chunk_target_s: float | None,
@@ -51,7 +53,7 @@ def command(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here", expected="--device cpu")
     set_up_determinism(torch.device(device))
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, size)
     loaded.self_test()
     options = ProfileOptions(segments, repeats, chunk_target_s, resident_max, price_per_worker_hour, provision_s)
     say = console()

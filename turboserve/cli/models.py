@@ -50,12 +50,18 @@ def command(context: click.Context, as_json: bool) -> None:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A model's spec and the size of its state; loads the weights, which is what tells that they are there."""
+    """A built-in model's spec and the size of its state. Weights that are shipped are loaded, which tells that they
+    are there; those of `wan-tiny` are made from a seed, so only their shapes are asked."""
     from turboserve.model.interface import Tier, moved_bytes, state_bytes
-    from turboserve.model.registry import load_model
+    from turboserve.model.registry import load_model, load_spec
 
-    model = load_model(name, "cpu")
-    spec, layout = model.spec, model.state_layout()
+    if name == "wan-tiny":
+        from turboserve.model.wan.source import tiny_layout
+
+        spec, layout = load_spec(name), tiny_layout()
+    else:
+        model = load_model(name, "cpu")
+        spec, layout = model.spec, model.state_layout()
     return {
         "name": spec.name,
         "about": spec.about,

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turboserve.errors import UnknownModel
+from turboserve.errors import ConfigError, UnknownModel
 from turboserve.model.interface import ModelSpec, PromptReport
 
 if TYPE_CHECKING:
@@ -74,14 +74,16 @@ def check_prompt(name: str, text: str, seed: int) -> PromptReport:
     return PromptReport()
 
 
-def load_model(name: str, device: str = "cpu") -> StreamingModel:
-    """The model with its weights on a device."""
+def load_model(name: str, device: str = "cpu", size: str | None = None) -> StreamingModel:
+    """The model with its weights on a device, at a size WxH (None: its own). ConfigError for a size it cannot have."""
     name = resolve(name)
     model: StreamingModel
     if name == "shapes":
+        if size is not None and size not in load_spec(name).sizes:
+            raise ConfigError(f"shapes at {size}", expected=" or ".join(load_spec(name).sizes))
         model = _module(f"{_SHAPES}.model").load(device)
     elif name in BUILTIN:
-        model = _module(_WAN).load_tiny(device)
+        model = _module(_WAN).load_tiny(device, size)
     else:
-        model = _module(_WAN).load_path(Path(name), device)
+        model = _module(_WAN).load_path(Path(name), device, size)
     return model

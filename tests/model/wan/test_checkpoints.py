@@ -210,6 +210,23 @@ def test_paths_that_are_no_model(tmp_path, folders):
     assert done.exit_code == 1 and "models convert" in done.stderr and "self_forcing.pt" in done.stderr
 
 
+def test_a_gateway_reads_a_checkpoint_s_spec_without_torch(folders):
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from turboserve.model import registry\n"
+        f"spec = registry.load_spec({str(folders['diffusers'])!r})\n"
+        f"print(spec.name, spec.width, registry.check_prompt({str(folders['diffusers'])!r}, 'a fox', 1).ignored_words)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["diffusers", "32", "()"], done.stderr
+
+
+def test_the_list_of_models_tells_bytes_as_the_loaded_model_does():
+    layout = load_model("wan-tiny").state_layout()
+    listed = {one["name"]: one for one in run_json()["models"]}
+    assert listed["wan-tiny"]["state_bytes"]["device"] == sum(one.nbytes for one in layout)
+
+
 def test_a_lora_is_merged(tmp_path):
     torch.manual_seed(1)
     module = CausalVideoTransformer(transformer_config(PRESET))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turboserve.errors import CheckpointError
-from turboserve.model.interface import ModelSpec
+from turboserve.model.interface import Field, ModelSpec
 from turboserve.model.presets import PRESETS
 from turboserve.model.wan.manifest import DECODERS, ModelManifest, open_manifest
 from turboserve.model.wan.spec import wan_spec
@@ -31,17 +32,31 @@ def tiny_spec() -> ModelSpec:
     return wan_spec(preset, preset.size, TINY, _TINY_HASH)
 
 
-def load_tiny(device: str) -> WanModel:
+def tiny_layout() -> tuple[Field, ...]:
+    """What a session of the tiny model keeps, without making its weights."""
+    import torch
+
+    from turboserve.model.vae import WanVaeDecoder
+    from turboserve.model.wan.layout import state_layout
+    from turboserve.model.wan.tiny import tiny_vae_config
+
+    preset = PRESETS[TINY]
+    with torch.device("meta"):
+        decoder = WanVaeDecoder(tiny_vae_config())
+    return state_layout(preset, preset.size, decoder, "float32")
+
+
+def load_tiny(device: str, size: str | None = None) -> WanModel:
     """The tiny model with random weights, the same on every machine."""
     from turboserve.model.wan.model import WanModel
     from turboserve.model.wan.tiny import tiny_parts
 
     preset = PRESETS[TINY]
-    return WanModel(tiny_parts(device=device), preset, size=preset.size, name=TINY, model_hash=_TINY_HASH)
+    return WanModel(tiny_parts(device=device), preset, size=size or preset.size, name=TINY, model_hash=_TINY_HASH)
 
 
-def load_path(path: Path, device: str) -> WanModel:
-    """The model at a path, as `open_manifest` finds it: 16-bit on CUDA, float32 on a CPU."""
+def load_path(path: Path, device: str, size: str | None = None) -> WanModel:
+    """The model at a path, as `open_manifest` finds it: 16-bit on CUDA, float32 on a CPU. `size` wins over its own."""
     import torch
 
     from turboserve.model.tensor_files import TensorFiles
@@ -51,6 +66,8 @@ def load_path(path: Path, device: str) -> WanModel:
     from turboserve.model.weights import infer_config, load_transformer
 
     manifest = open_manifest(path)
+    if size is not None:
+        manifest = replace(manifest, size=size)
     spec = manifest.spec()
     where = torch.device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32

@@ -16,7 +16,7 @@ SCHEDULES ?= 10000
 SEEDS ?= 1000
 JOBS ?= $(shell nproc)
 
-.PHONY: simnet mutants help setup serve test gpu lint format bench score screenshots clean sanitize
+.PHONY: simnet mutants help setup serve test gpu lint format bench score screenshots demo-video clean sanitize
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ score: setup  ## score the embedded model's videos against their prompts (about 
 
 screenshots: .venv/.dev  ## take the README's pictures anew
 	@$(BIN)/python docs/make_screenshots.py
+
+demo-video: .venv/.dev  ## film "Pull the plug on a worker" on a real fleet: docs/images/plug.mp4 and its still
+	@$(BIN)/python docs/make_demo_video.py $(ARGS)
 
 clean:  ## remove what the build made
 	rm -rf .venv build *.egg-info turboserve/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ import urllib.request
 from typing import Any
 
 import pytest
+from playwright.sync_api import Page
 
 from .browser import PATIENCE_S
 from .conftest import OpenPage, Server, serving
@@ -58,7 +59,39 @@ def test_a_killed_worker_costs_no_frame(open_page: OpenPage, tmp_path_factory: p
         page.wait_for_selector("#plug-stage[hidden]", state="attached")
         page.wait_for_function("() => document.querySelectorAll('.tile[data-status=playing]').length === 4")
         assert page.is_visible("#prompt")
+        move_and_suspend_for_real(page, server)
         page.goto("about:blank")  # before the server goes
+
+
+def move_and_suspend_for_real(page: Page, server: Server) -> None:
+    """From the operations page: one of the streams is dragged to the other worker, paused, and put on the shelf."""
+    sid = page.evaluate("document.querySelector('.tile[data-status=playing]').dataset.session")
+    ops = page.context.new_page()
+    ops.goto(server.url + "ops")
+    for _ in range(40):  # the killed worker may still be starting
+        if all(one["state"] == "ready" for one in cluster(server)["workers"]) and len(cluster(server)["workers"]) == 2:
+            break
+        ops.wait_for_timeout(500)
+    (row,) = (one for one in cluster(server)["session_list"] if one["id"] == sid)
+    other = next(one["id"] for one in cluster(server)["workers"] if one["id"] != row["worker"])
+    ops.wait_for_selector(f"[data-lane='{other}'][data-state=ready]", timeout=WAIT_MS)
+    ops.drag_and_drop(f"[data-session='{sid}']", f"[data-lane='{other}'] h3")
+    ops.click("#confirm-yes")
+    ops.wait_for_selector(f"[data-lane='{other}'] [data-session='{sid}']", timeout=WAIT_MS)
+    # Once nobody wants chunks of it, it goes to host memory and stays there.
+    post(server, f"v1/sessions/{sid}/pause")
+    ops.wait_for_selector(f"[data-session='{sid}'][aria-label*=idle]", timeout=WAIT_MS)
+    post(server, f"v1/admin/sessions/{sid}/suspend")
+    ops.wait_for_selector(f"[data-lane='shelf:host'] [data-session='{sid}']", timeout=WAIT_MS)
+    assert ops.evaluate(NO_SIDEWAYS)
+    post(server, f"v1/sessions/{sid}/resume")
+    ops.wait_for_selector(f"[data-kind=worker] [data-session='{sid}']", timeout=WAIT_MS)
+    ops.close()
+
+
+def post(server: Server, path: str) -> None:
+    request = urllib.request.Request(server.url + path, b"{}", {"Content-Type": "application/json"}, method="POST")
+    urllib.request.urlopen(request, timeout=15).close()
 
 
 def test_one_worker_is_not_enough_and_says_so(server: Server, open_page: OpenPage) -> None:

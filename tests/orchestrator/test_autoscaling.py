@@ -42,6 +42,15 @@ def test_levels_by_volatility() -> None:
     assert [level_of(v, levels).price for v in (0.0, 0.19, 0.2, 3.0)] == [1.0, 1.0, 2.0, 2.0]
 
 
+def test_workers_of_any_capacity_leave_the_same_share_without_room() -> None:
+    level = Level(0.0, 4.0, 1.5)
+    left = []
+    for capacity in (1.0, 2.0, 4.0, 8.0):
+        fleet = target_workers(4e4, 200.0, capacity, autoscaling.price_for(level, capacity), 1.5)
+        left.append(mean_excess(capacity * fleet, 4e4, 200.0))
+    assert max(left) - min(left) < 0.15 * max(left)
+
+
 def test_the_hold_remembers_the_largest_target() -> None:
     memory = ScaleMemory()
     for now_s, target in ((0.0, 5), (1.0, 9), (2.0, 4), (3.0, 3)):

@@ -28,7 +28,7 @@ SIGMA_SCALE_MIN, SIGMA_SCALE_MAX = 0.6, 3.2
 REFINE_EVERY_S = 60.0
 GROW_GAIN, SHRINK_GAIN = 0.03, 0.025  # a refinement, as powers of e, at twice the share aimed at and at none
 HOLD_SHARE = 0.5  # of the provisioning delay
-PROFILED_DELAY_S = 30.0
+PROFILED_DELAY_S, PROFILED_CAPACITY = 30.0, 4.0
 HOLD_MIN_S, HOLD_MAX_S = 3.0, 20.0
 INV_SQRT_TWO_PI = 1.0 / math.sqrt(2.0 * math.pi)
 
@@ -69,6 +69,12 @@ def level_of(volatility: float, levels: tuple[Level, ...] = LEVELS) -> Level:
         if volatility >= level.above:
             found = level
     return found
+
+
+def price_for(level: Level, capacity: float) -> float:
+    """The level's lambda for workers of another capacity: what a session's room costs is 1/capacity of a worker, so the
+    same share of sessions is left without room."""
+    return level.price * PROFILED_CAPACITY / capacity
 
 
 def rho_for(level: Level, provision_s: float) -> float:

@@ -151,7 +151,7 @@ def _size_fleet(
     volatility = sigma / max(1.0, expected.mean)
     level = level_of(volatility if config.volatility else 0.0)
     rho = autoscaling.rho_for(level, delay_s)
-    price = level.price if by_steps else level.price * FULL_STEPS_PRICE
+    price = autoscaling.price_for(level, profile.capacity) * (1.0 if by_steps else FULL_STEPS_PRICE)
     target = target_workers(expected.mean, sigma, float(profile.capacity), price, rho)
     unit = profile.provision_unit_workers
     target = min(view.workers_max, max(view.workers_min, -(-target // unit) * unit))

@@ -21,32 +21,46 @@ class Node:
     def __init__(self, bytes_: int = 8 << 20, *, workers: int = 3, slab_bytes: int = SLAB_BYTES) -> None:
         self.fd = create_arena(bytes_, name="test", partition_count=workers, slab_bytes=slab_bytes)
         self.arenas: list[Arena] = []
+        self.beside: list[BackgroundPoints] = []
+        self.reader = Arena.map(self.fd)
 
     def engine(
-        self, model, *, slots: int = 4, numerics_id: str = "n", every: int = 1, cost=None, background: bool = False
+        self,
+        model,
+        *,
+        slots: int = 4,
+        numerics_id: str = "n",
+        every: int = 1,
+        cost=None,
+        background: bool = False,
+        partition: int | None = None,
+        owner_epoch: int = 1,
     ) -> Engine:
-        arena = Arena.map(self.fd, partition=len(self.arenas), owner_epoch=1)
+        partition = len(self.arenas) if partition is None else partition
+        arena = Arena.map(self.fd, partition=partition, owner_epoch=owner_epoch)
         self.arenas.append(arena)
         layout = model.state_layout()
         points = SessionPoints(RecoveryStore(arena), SnapshotShape(model.spec, layout, numerics_id))
         pool = KvPool(layout, slots, model.device)
         beside = BackgroundPoints(points, layout, pool.device) if background else None
+        self.beside += [beside] if beside is not None else []
         return Engine(model, pool, cost, points=points, recovery_every_chunks=every, background=beside)
 
     @property
     def store(self) -> RecoveryStore:
-        return RecoveryStore(self.arenas[0])
+        return RecoveryStore(self.reader)
 
     def committed_bytes(self) -> int:
-        for arena in self.arenas:
-            arena.check()
-        ledger = self.arenas[0].ledger()
+        self.reader.check()
+        ledger = self.reader.ledger()
         assert ledger.free_bytes + ledger.reserved_bytes + ledger.committed_bytes == ledger.total_bytes
         assert ledger.reserved_bytes == 0
         return ledger.committed_bytes
 
     def close(self) -> None:
-        for arena in self.arenas:
+        for one in self.beside:
+            one.close()
+        for arena in [*self.arenas, self.reader]:
             arena.close()
         os.close(self.fd)
 

@@ -69,7 +69,7 @@ class BackgroundPoints:
         self._changing = [one.name for one in layout if one.update in (Update.PER_PROMPT, Update.OVERWRITE)]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Bounded by the sessions: each has one job at a time.
-        self._jobs: queue.SimpleQueue[tuple[Job, torch.cuda.Event | None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Job, torch.cuda.Event | None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="points", daemon=True).start()
 
     def begin(self, session: HeldSession, epoch: int) -> Job:
@@ -81,6 +81,10 @@ class BackgroundPoints:
             ready.record()
         self._jobs.put((job, ready))
         return job
+
+    def close(self) -> None:
+        """End the thread once what was begun is written."""
+        self._jobs.put(None)
 
     def _frozen(self, session: HeldSession) -> HeldSession:
         """The session as it is now, whatever becomes of it."""
@@ -99,7 +103,10 @@ class BackgroundPoints:
 
     def _run(self) -> None:
         while True:
-            job, ready = self._jobs.get()
+            taken = self._jobs.get()
+            if taken is None:
+                return
+            job, ready = taken
             if self._stream is None or ready is None:
                 job.run(self._points)
                 continue

@@ -40,7 +40,11 @@ def compile_rows(arches: Iterable[int], pattern: str) -> tuple[list[dict[str, An
     if not chosen and not twins:
         raise ConfigError(f"no kernel matches {pattern!r}", expected="a name or pattern like 'attn*'")
     for arch, case in _progress(chosen):
-        row = aot.compile_row(case, arch)
+        try:
+            row = aot.compile_row(case, arch)
+        except ConfigError as error:
+            skipped.append(f"{case.kernel} {case.config} sm_{arch}: {error}")
+            continue
         rows.append(row)
         wrong += aot.problems(row, case)
     for arch, name in twins:

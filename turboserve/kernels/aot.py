@@ -104,15 +104,23 @@ def _inspect(cubin: bytes, function: str = "") -> tuple[dict[str, int], str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = _output([tool, "--dump-resource-usage", file.name])
         only = ["-fun", function] if function else []
-        sass = subprocess.run([tool, "-sass", *only, file.name], capture_output=True, text=True, check=True).stdout
+        sass = _output([tool, "-sass", *only, file.name])
     if function:
         usage = usage[usage.index(f"Function {function}:") :].split("Function", 2)[1]
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return found, sass
+
+
+def _output(argv: list[str]) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(
+            f"{argv[0]} cannot read this code: {done.stderr.strip()[-200:] or done.returncode}",
+            expected="a Triton whose tools know the architecture (3.6's do not know sm_103)",
+        )
+    return done.stdout
 
 
 def _cuobjdump() -> str:

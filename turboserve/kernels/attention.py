@@ -44,7 +44,7 @@ TILES: dict[tuple[int, int], TileConfig] = {
     (90, 64): TileConfig(128, 128, 8, 2),
     (90, 32): TileConfig(128, 64, 4, 3),
     (100, 128): TileConfig(128, 64, 8, 2),
-    (100, 64): TileConfig(128, 64, 8, 2),
+    (100, 64): TileConfig(128, 64, 8, 3),
     (100, 32): TileConfig(128, 64, 4, 3),
     # Consumer Blackwell has the shared memory of Ada and mma.sync, not tcgen05.
     (120, 128): TileConfig(128, 32, 8, 2),

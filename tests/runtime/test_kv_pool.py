@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import TinyModel
 
-from turboserve.errors import Conflict, NotFound, PoolExhausted
+from turboserve.errors import ConfigError, Conflict, NotFound, PoolExhausted
 from turboserve.model.interface import Tier, state_bytes
-from turboserve.runtime.kv_pool import KvPool
+from turboserve.runtime.kv_pool import KvPool, slots_within
 
 LAYOUT = TinyModel().state_layout()
 
@@ -19,6 +19,24 @@ def test_bytes_follow_from_the_layout():
     assert pool.total_bytes(Tier.HOST) == 3 * 16
     pool.acquire("a")
     assert (pool.held_bytes(), pool.free_bytes()) == (state_bytes(LAYOUT), 2 * state_bytes(LAYOUT))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "free_gb", "total_gb", "fit"),
+    [
+        (32, 138, 150, 23),  # 5.61 GB a session beside a workspace of 8.59
+        (4, 138, 150, 4),
+        (32, 20, 24, 3),  # a small device keeps a tenth
+        (32, 8.1, 24, 1),
+    ],
+)
+def test_slots_are_what_the_device_has_room_for(wanted, free_gb, total_gb, fit):
+    assert slots_within(wanted, 5_610_000_000, int(free_gb * 1e9), int(total_gb * 1e9)) == fit
+
+
+def test_a_device_without_room_for_one_session_says_so():
+    with pytest.raises(ConfigError, match="no session fits"):
+        slots_within(4, 5_610_000_000, 7_000_000_000, 24_000_000_000)
 
 
 def test_a_full_pool_says_so_and_stays_whole():

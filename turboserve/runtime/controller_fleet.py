@@ -104,9 +104,12 @@ class ControllerFleet(ControllerRecovery):
         table = tuple((new + old) / 2 for new, old in zip(said, before, strict=False))
         self._latency_known = True
         fits = sum(one <= profile.chunk_target_s for one in table)
+        capacity = max(1, min(self._capacity_asked, fits))
         self._set_profile(
             batch_latency_s=table,
-            capacity=max(1, min(self._capacity_asked, fits)),
+            capacity=capacity,
+            # A worker may have fewer slots than asked for: what its device has room for.
+            resident_max=max(capacity, min(profile.resident_max, hello.slot_count)),
             about="measured by the workers at their start",
         )
 

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from turboserve.errors import Conflict, NotFound, PoolExhausted, StateError
+from turboserve.errors import ConfigError, Conflict, NotFound, PoolExhausted, StateError
 from turboserve.model.interface import Field, Tier, state_bytes
+
+WORKSPACE_BYTES_MAX = 8 << 30
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -23,6 +25,19 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise StateError(f"field dtype {name!r}", expected="a torch dtype name, such as float32")
     return dtype
+
+
+def slots_within(wanted: int, session_bytes: int, free_bytes: int, total_bytes: int) -> int:
+    """How many of the slots wanted fit a device that has its weights already, workspace kept free for passes and decode
+    (a tenth of the device, 8 GB at most). ConfigError when not even one fits."""
+    workspace = min(total_bytes // 10, WORKSPACE_BYTES_MAX)
+    fit = max(0, free_bytes - workspace) // max(1, session_bytes)
+    if fit < 1:
+        raise ConfigError(
+            f"no session fits: one takes {session_bytes} bytes, {free_bytes} are free and {workspace} of them kept",
+            hint="a light decoder, a smaller size, or the text encoder on the CPU leave more room",
+        )
+    return min(wanted, fit)
 
 
 class KvPool:

@@ -59,7 +59,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     from turboserve.runtime.background_points import BackgroundPoints
     from turboserve.runtime.cost_model import MeasuredCost, calibrate
     from turboserve.runtime.engine import Engine
-    from turboserve.runtime.kv_pool import KvPool
+    from turboserve.runtime.kv_pool import KvPool, slots_within
     from turboserve.runtime.numerics import check_numerics, set_up_determinism
     from turboserve.runtime.paced import PacedModel, read_profile
     from turboserve.runtime.recovery_store import RecoveryStore
@@ -70,7 +70,12 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     set_up_determinism(torch.device(config.device))
     model = load_model(config)
     layout = model.state_layout()
-    pool = KvPool(layout, config.slots, model.device)
+    slots = config.slots
+    if model.device.type == "cuda":
+        slots = slots_within(slots, state_bytes(layout, Tier.DEVICE), *torch.cuda.mem_get_info(model.device))
+        if slots < config.slots:
+            log.warning("fewer slots than asked for fit the device", asked=config.slots, slots=slots)
+    pool = KvPool(layout, slots, model.device)
     numerics = check_numerics(model, pool)
     log.info(
         "numerics",
@@ -79,13 +84,13 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         packed_equals_alone=numerics.packed_equals_alone,
         found=numerics.model_report,
     )
-    cost = MeasuredCost(segment_max=config.slots)
+    cost = MeasuredCost(segment_max=slots)
     if config.paced_profile:
         model = PacedModel(model, read_profile(config.paced_profile))
-        cost = model.cost(config.slots)
+        cost = model.cost(slots)
         log.info("every pass is padded to a latency profile", profile=config.paced_profile)
     elif config.calibrate:
-        cost = calibrate(model, pool, segment_max=config.slots)
+        cost = calibrate(model, pool, segment_max=slots)
     if model.device.type == "cpu" and not numerics.packed_equals_alone:
         log.warning("packed rows differ from lone ones: every pass runs one session")
         cost.segment_max = 1
@@ -93,7 +98,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         "model loaded",
         model=model.spec.name,
         model_hash=model.spec.model_hash,
-        slots=config.slots,
+        slots=slots,
         session_bytes=state_bytes(layout),
         device_bytes=pool.total_bytes(Tier.DEVICE),
         pass_base_ms=round(1e3 * cost.base_s, 3),
@@ -101,7 +106,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         measured_ms={count: round(1e3 * seconds, 2) for count, seconds in cost.table_s()},
         load_s=round(time.monotonic() - started_s, 2),
     )
-    chunk_table = cost.chunk_table_s(model.spec.denoise_steps, config.slots)
+    chunk_table = cost.chunk_table_s(model.spec.denoise_steps, slots)
     if config.paced_profile:
         chunk_table = list(read_profile(config.paced_profile).batch_latency_s)
     ring_fd = config.ring_fd
@@ -118,8 +123,8 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         device=config.device,
         device_class=numerics.device_class,
         gpu_count=config.gpu_count if model.device.type == "cuda" else 0,
-        slot_count=config.slots,
-        capacity=config.capacity,
+        slot_count=slots,
+        capacity=min(config.capacity, slots),
         session_bytes=state_bytes(layout),
         layout_hash=layout_hash(layout),
         ring_fd=ring_fd,

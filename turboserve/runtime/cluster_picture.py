@@ -42,6 +42,7 @@ def picture(books: ControllerBooks) -> dict[str, Any]:
         "sessions": counts,
         "session_list": [_session(books, live) for live in shown],
         "sessions_not_listed": len(books.sessions) - len(shown),
+        "storage": dict(books.storage),
         "decisions": list(books.decisions),
     }
 

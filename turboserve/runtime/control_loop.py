@@ -42,13 +42,15 @@ from turboserve.runtime.controller_books import (
 )
 from turboserve.runtime.controller_config import ControllerConfig
 from turboserve.runtime.controller_logic import ControllerLogic
-from turboserve.runtime.controller_points import ControllerPoints
+from turboserve.runtime.controller_points import ControllerPoints, StoredBytes
 from turboserve.runtime.directory import Directory
 from turboserve.runtime.failpoints import failpoint, set_process
 from turboserve.runtime.fleet_link import FleetLink
 from turboserve.runtime.recording import TickRecorder
 
 SNAPSHOT_S = 0.25
+FIGURES_S = 2.0
+"""How often the bytes in the arena and on disk are counted."""
 
 
 def live_profile(config: ControllerConfig) -> LatencyProfile:
@@ -273,6 +275,21 @@ class ControlLoop:
         else:
             points.drop(session_id)
 
+    def _take_figures(self, found: StoredBytes) -> None:
+        arena = found.arena
+        self._logic.stored_bytes(
+            found.arena_sessions,
+            found.disk_sessions,
+            {
+                "arena_total_bytes": arena.total_bytes,
+                "arena_free_bytes": arena.free_bytes,
+                "arena_reserved_bytes": arena.reserved_bytes,
+                "arena_committed_bytes": arena.committed_bytes,
+                "disk_used_bytes": sum(found.disk_sessions.values()),
+                "disk_total_bytes": self._config.disk_bytes,
+            },
+        )
+
     def _soon(self, tell: Callable[[str, int, float], list[Effect]], session_id: str, bytes_: int) -> None:
         asyncio.get_running_loop().call_soon(self._now, tell, session_id, bytes_)
 
@@ -298,7 +315,7 @@ class ControlLoop:
 
     async def _timers(self) -> None:
         """Leases and wake-ups at 20 Hz, the cluster's picture at SNAPSHOT_S when it changed."""
-        published_s = 0.0
+        published_s = figures_s = 0.0
         while True:
             await asyncio.sleep(0.05)
             now_s = time.monotonic()
@@ -306,6 +323,9 @@ class ControlLoop:
                 self._apply(self._logic.on_timer(now_s))
             if self._points is not None:
                 self._points.sweep(self._logic.sessions, now_s)
+                if now_s >= figures_s:
+                    figures_s = now_s + FIGURES_S
+                    self._points.figures(self._take_figures)
             if self._logic.changed and now_s - published_s >= SNAPSHOT_S and GATEWAY in self._channels:
                 self._logic.changed = False
                 published_s = now_s

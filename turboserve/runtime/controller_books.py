@@ -7,7 +7,7 @@ moment: a session stands in `sessions`, in the directory and in one row of the v
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
@@ -231,6 +231,8 @@ class ControllerBooks:
         """Worker -> (its epoch, sessions that were suspected) when it was lost last."""
         self.failed: OrderedDict[str, tuple[str, str]] = OrderedDict()
         """Sessions that failed: code and message, for a gateway that missed it and asks for them."""
+        self.storage: dict[str, int] = {}
+        """Arena and disk, in bytes: the ledger as last counted."""
         self.stopping = False
         self.generation = 0
         self._timer_s = float("inf")
@@ -393,6 +395,15 @@ class ControllerBooks:
             weights = list(self.view.tenant_weights)[: len(self._tenants) - 1]
             self.view.tenant_weights = (*weights, weight)
         return self._tenants[name]
+
+    def stored_bytes(self, arena: Mapping[str, int], disk: Mapping[str, int], totals: dict[str, int]) -> None:
+        """What lies in the arena and on disk, counted a moment ago: bytes by session, and in all."""
+        for session_id, live in self.sessions.items():
+            live.point_bytes = arena.get(session_id, 0)
+            if live.record.state is SessionState.DISK:
+                live.disk_bytes = disk.get(session_id, 0)
+        self.storage = totals
+        self.changed = True
 
     def _flush(self) -> list[Effect]:
         out, self._out = self._out, []

@@ -234,15 +234,25 @@ class ControllerLogic(ControllerFleet):
         if live is None or live.record.state is SessionState.CLOSING:
             return
         live.attached = seen.attached
-        columns = self.view.sessions
         if live.wanted != seen.active:
+            self._count_period(live, seen.active, now_s)
             live.wanted = seen.active
-            (columns.active_since_s if seen.active else columns.idle_since_s)[live.row] = now_s
         if live.record.state in (SessionState.RUNNING, SessionState.STALLED) and live.move is None:
             # In memory only: a controller that restarts hears it again from the gateway.
             live.record.move(SessionState.RUNNING if seen.active else SessionState.STALLED)
         self._show(live)
         self._tick(now_s)
+
+    def _count_period(self, live: Live, active: bool, now_s: float) -> None:
+        """What the scheduler knows of how long sessions are active."""
+        columns, observed = self.view.sessions, self.view.observed
+        if active:
+            columns.active_since_s[live.row] = now_s
+            observed.periods_started += 1
+        else:
+            observed.periods_ended += 1
+            observed.period_seconds += max(0.0, now_s - float(columns.active_since_s[live.row]))
+            columns.idle_since_s[live.row] = now_s
 
     # ------------------------------------------------------------------ operators
 

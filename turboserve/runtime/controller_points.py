@@ -23,7 +23,7 @@ SWEEP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredBytes:
     """What lies in the arena and on disk, in bytes."""
 
     arena: Ledger
@@ -77,7 +77,7 @@ class ControllerPoints:
             self._sweep_at_s = now_s + SWEEP_S
             self._thread.submit(self._guarded, self._sweep, frozenset(known))
 
-    def figures(self, done: Callable[[Stored], None]) -> None:
+    def figures(self, done: Callable[[StoredBytes], None]) -> None:
         """`done(what is stored)`."""
         self._thread.submit(self._guarded, self._figures, done)
 
@@ -120,6 +120,6 @@ class ControllerPoints:
                 self._log.info("recovery points of no session dropped", session=session_id)
                 self._drop(session_id)
 
-    def _figures(self, done: Callable[[Stored], None]) -> None:
-        stored = Stored(self._store.arena.ledger(), self._store.sessions(), self._files.sessions())
+    def _figures(self, done: Callable[[StoredBytes], None]) -> None:
+        stored = StoredBytes(self._store.arena.ledger(), self._store.sessions(), self._files.sessions())
         self._post(done, stored)

@@ -40,7 +40,8 @@ class ControllerRecovery(ControllerMoves):
         worker = self.workers.pop(worker_id)
         self.view.workers.state[worker.row] = views.ABSENT
         self._free_worker_rows.append(worker.row)
-        self._note(now_s, "worker_lost", worker=worker_id, reason=reason)
+        left = not worker.blamed and not self._held_by(worker_id)
+        self._note(now_s, "worker_left" if left else "worker_lost", worker=worker_id, reason=reason)
         self._out.append(
             Send(
                 GATEWAY,
@@ -151,6 +152,7 @@ class ControllerRecovery(ControllerMoves):
             live = self.sessions.get(session_id)
             if live is None or live.record.owner != source or live.move is not None:
                 continue
+            self.view.observed.chunks += max(0, next_index - live.next_index)
             live.next_index = max(live.next_index, next_index)
             if live.record.strikes and live.strike_index >= 0 and next_index >= live.strike_index + STRIKE_CHUNKS:
                 live.record.strikes, live.strike_index = 0, -1

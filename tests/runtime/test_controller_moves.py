@@ -129,7 +129,7 @@ class Cluster:
                 record.owner is not None and state not in memory_only | {SessionState.CLOSING}
             ) or live.adopt_by_s is not None, (record, live.move)
             shown = logic.view.session(live.row)
-            if record.state in memory_only:
+            if record.state in memory_only and live.adopt_by_s is None:
                 assert shown.state == "held" and logic.view.workers.ids[shown.worker] == owner
             if owner is None:
                 assert shown.worker is None and shown.target is None

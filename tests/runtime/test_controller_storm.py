@@ -174,7 +174,7 @@ class Storm(RuleBasedStateMachine):
 
 
 TestStorm = Storm.TestCase
-TestStorm.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestStorm.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_the_store_that_storms_use_speaks_as_the_directory_does(tmp_path):

@@ -354,7 +354,8 @@ class ControllerBooks:
             case _:  # waits for a worker: no state of it stands in the way of putting it anywhere
                 row = (views.NEW, views.NOWHERE, views.NOWHERE)
         if live.adopt_by_s is not None or live.retry_at_s is not None or live.loading:
-            row = (views.RESUMING, views.NOWHERE, views.NOWHERE)  # the tick has nothing to decide about it now
+            # The tick has nothing to decide about it now, but it may take a slot.
+            row = (views.RESUMING if owner < 0 else views.SUSPENDING, owner, views.NOWHERE)
         self._set_row(live, *row)
         self.view.sessions.active[live.row] = live.wanted and record.state is not SessionState.CLOSING
         # A session that is placed, or placed again after a loss, takes no transfer's turn: several may come at once.

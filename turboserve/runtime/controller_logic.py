@@ -241,6 +241,7 @@ class ControllerLogic(ControllerFleet):
             # In memory only: a controller that restarts hears it again from the gateway.
             live.record.move(SessionState.RUNNING if seen.active else SessionState.STALLED)
         self._show(live)
+        self._shelve_unwatched(live)
         self._tick(now_s)
 
     def _count_period(self, live: Live, active: bool, now_s: float) -> None:

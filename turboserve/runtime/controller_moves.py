@@ -333,11 +333,17 @@ class ControllerMoves(ControllerBooks):
             live.queued_since_s = now_s
         if not self._own(live, None, state, why):
             return
-        if state is SessionState.RECOVERING and not live.wanted:
-            self._move(live, SessionState.HOST, "nobody watches it: it waits in host memory")
+        self._shelve_unwatched(live)
         event = "queue" if state is SessionState.QUEUED else "wait"
         self._note(now_s, event, session=record.session_id, reason=why)
         self._tell_session(live)
+
+    def _shelve_unwatched(self, live: Live) -> None:
+        """Nobody has it and nobody watches it: its recovery point is where it waits."""
+        record = live.record
+        if record.state is SessionState.RECOVERING and record.owner is None and not live.wanted:
+            self._move(live, SessionState.HOST, "nobody watches it: it waits in host memory")
+            self._tell_session(live)
 
     # ------------------------------------------------------------------ giving up
 

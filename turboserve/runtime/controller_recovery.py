@@ -108,9 +108,7 @@ class ControllerRecovery(ControllerMoves):
         if not self._own(live, None, SessionState.RECOVERING, why):
             return
         self._tell_session(live)
-        if not live.wanted:
-            self._move(live, SessionState.HOST, "nobody watches it: it waits in host memory")
-            self._tell_session(live)
+        self._shelve_unwatched(live)
 
     def _to_recovering(self, live: Live, why: str) -> None:
         """In the record alone; `_own` or `_open` then writes it."""
@@ -217,6 +215,7 @@ class ControllerRecovery(ControllerMoves):
             self._own(live, None, SessionState.RECOVERING, message)
             self._note(now_s, "recover", session=live.record.session_id, reason=f"{source}: {message}; tried once more")
             self._tell_session(live)
+            self._shelve_unwatched(live)
         self._tick(now_s)
 
     # ------------------------------------------------------------------ a controller that starts
@@ -264,6 +263,7 @@ class ControllerRecovery(ControllerMoves):
             live.record.move(SessionState.LOADING)
         self._arrived(live, source, opened, now_s)
         self._store.set_move(opened.session_id, 0, "")
+        self._tick(now_s)
 
     def _adoption_deadlines(self, now_s: float) -> bool:
         """Owners that did not come are given up. True when something changed."""

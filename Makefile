@@ -14,9 +14,10 @@ export OPENBLAS_NUM_THREADS := 1
 
 SCHEDULES ?= 10000
 SEEDS ?= 1000
+FAULTS ?= 100
 JOBS ?= $(shell nproc)
 
-.PHONY: simnet mutants help setup serve test gpu lint format bench score screenshots demo-video clean sanitize
+.PHONY: simnet mutants soak-worker-kill soak-migrate soak-controller-kill soak-gateway-kill soak-drain help setup serve test gpu lint format bench score screenshots demo-video clean sanitize
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +58,9 @@ sanitize:  ## csrc/ under the address, undefined-behaviour and thread sanitizers
 
 simnet: .venv/.dev  ## the real protocol code under a seeded network with faults: make simnet SCHEDULES=10000
 	@$(BIN)/python tests/simnet/simnet.py --schedules $(SCHEDULES) --jobs $(JOBS) $(ARGS)
+
+soak-worker-kill soak-migrate soak-controller-kill soak-gateway-kill soak-drain: soak-%: .venv/.dev  # real processes, FAULTS faults
+	@$(BIN)/python tests/reliability/faults.py $* --count $(FAULTS) --out bench/results/reliability.$*.json $(ARGS)
 
 mutants: .venv/.dev  ## deliberate bugs in the protocol code: each must be caught within SEEDS schedules
 	@$(BIN)/python tests/simnet/simnet.py --mutants --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)

@@ -176,7 +176,7 @@ def test_a_time_falls_on_the_first_chunk_that_begins_then_or_later(time_s: float
 @pytest.mark.parametrize("frames", range(1, 30))
 def test_chunks_hold_the_frames_and_no_chunk_is_wasted(frames: int) -> None:
     spec = load_spec("shapes")
-    count = making.chunks_for(spec, frames)
+    count = spec.chunks_for(frames)
     assert spec.frames_before(count) >= frames > spec.frames_before(count - 1)
 
 

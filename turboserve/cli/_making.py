@@ -16,20 +16,10 @@ if TYPE_CHECKING:
     from turboserve.runtime.worker_events import FinishedChunk
 
 
-def frames_for(spec: ModelSpec, seconds: float) -> int:
-    """Frames of so much video; a part of a frame counts as one."""
-    return max(1, math.ceil(seconds * spec.fps - 1e-6))
-
-
-def chunks_for(spec: ModelSpec, frame_count: int) -> int:
-    """Fewest chunks that hold so many frames."""
-    return 1 + max(0, math.ceil((frame_count - spec.chunk_frames_first) / spec.chunk_frames_rest))
-
-
 def chunk_at(spec: ModelSpec, time_s: float) -> int:
     """The first chunk that begins at or after a time of the video."""
     frame = math.ceil(time_s * spec.fps - 1e-6)
-    return chunks_for(spec, frame) if frame > 0 else 0
+    return spec.chunks_for(frame) if frame > 0 else 0
 
 
 def requests(

@@ -76,8 +76,8 @@ def command(
     spec = load_spec(model)
     switch = _switch(spec, prompt_switch)
     step_count = _steps(spec, steps)
-    frame_count = making.frames_for(spec, seconds)
-    chunk_count = making.chunks_for(spec, frame_count)
+    frame_count = spec.frames_for(seconds)
+    chunk_count = spec.chunks_for(frame_count)
     if spec.max_chunks is not None and chunk_count > spec.max_chunks:
         raise click.BadParameter(f"{model} can make {spec.max_chunks} chunks of {spec.chunk_s:g} s at most")
     if card_path is not None and not card_path.parent.is_dir():

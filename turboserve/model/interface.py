@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -127,6 +128,14 @@ class ModelSpec:
         if chunk_index == 0:
             return 0
         return self.chunk_frames_first + (chunk_index - 1) * self.chunk_frames_rest
+
+    def frames_for(self, video_s: float) -> int:
+        """Pixel frames of so much video; a part of a frame counts as one."""
+        return max(1, math.ceil(video_s * self.fps - 1e-6))
+
+    def chunks_for(self, frame_count: int) -> int:
+        """Fewest chunks that hold so many frames."""
+        return 1 + max(0, math.ceil((frame_count - self.chunk_frames_first) / self.chunk_frames_rest))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +86,7 @@ class Catalogue:
         spec = self.spec
         wanted = None
         if video_s is not None:
-            frames = math.ceil(video_s * spec.fps - 1e-6)
-            wanted = 1 + max(0, math.ceil((frames - spec.chunk_frames_first) / spec.chunk_frames_rest))
+            wanted = spec.chunks_for(spec.frames_for(video_s))
         bounds = [one for one in (wanted, spec.max_chunks) if one is not None]
         return min(bounds, default=None)
 

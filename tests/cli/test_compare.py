@@ -91,6 +91,54 @@ def test_the_least_fleet_serves_and_one_less_does_not(traces):
     assert not gives_service(less)
 
 
+def test_another_seeds_least_fleet_is_only_where_the_search_begins(traces):
+    run_case(Case(trace=traces[0], policy="static-least", fleet="least"))
+    row = run_case(Case(trace=traces[0], policy="static-least", fleet="least", seed=1))
+    less = run_case(Case(trace=traces[0], policy="static-least", fleet=str(row["fixed_workers"] - 1), seed=1))
+    assert row["equal_service"] and row["least_found"] and not gives_service(less)
+
+
+def a_row(policy, delay_s, **more):
+    row = {
+        "trace": "one_a",
+        "group": "one",
+        "profile": "k4",
+        "seed": 1,
+        "unit_workers": 1,
+        "knobs": {},
+        "fleet": "scale",
+    }
+    row |= {"policy": policy, "provision_s": delay_s, "reference_worker_hours": 1.0 + delay_s / 100}
+    row |= {"fixed_workers": None, "worker_hours": 2.0, "on_time_share": 1.0, "reduced_step_share": 0.0}
+    return row | {"equal_service": True} | more
+
+
+def test_a_least_fleet_stands_at_every_delay_with_that_delays_reference():
+    least = a_row("static-least", 30.0, fleet="least", fixed_workers=5, worker_hours=5.0)
+    peak = a_row("static-least", 30.0, fleet="peak*1.0", fixed_workers=4)
+    found = studies.at_every_delay([a_row("turboserve", 30.0), a_row("turboserve", 120.0), least, peak])
+    added = [row for row in found if row["policy"] == "static-least" and row["provision_s"] == 120.0]
+    assert [(row["fleet"], row["reference_worker_hours"], row["worker_hours"]) for row in added] == [
+        ("least", 2.2, 5.0)
+    ]
+    assert studies.at_every_delay(found) == found
+
+
+def test_ablations_stand_beside_the_whole_on_the_same_runs():
+    rows = [
+        a_row("turboserve", 30.0),
+        a_row("turboserve", 30.0, seed=2, worker_hours=9.0),  # no part was turned off there
+        a_row("turboserve", 30.0, knobs={"migrate": 0.0}, worker_hours=3.0, equal_service=False, on_time_share=0.9),
+        a_row("published", 30.0, worker_hours=1.0),
+        a_row("hpa", 30.0, knobs={"target": 0.7}),
+    ]
+    found = {one["off"]: one for one in studies.ablations(rows)}
+    assert set(found) == {"migrate", "published"}
+    assert found["migrate"]["cost"]["mean"] == 1.5 and found["migrate"]["least_on_time"] == 0.9
+    assert (found["migrate"]["runs"], found["migrate"]["runs_at_equal_service"]) == (1, 0)
+    assert [studies.part_off(row) for row in rows] == [False, False, True, False, False]
+
+
 def test_rows_are_equal_for_equal_cases(traces):
     case = Case(trace=traces[0], policy="llumnix", seed=3, curve=True)
     first, second = run_case(case), run_case(case)

@@ -10,7 +10,7 @@ from typing import Any
 from turboserve.sim.averages import average
 from turboserve.sim.compare_plots import Line, plot
 from turboserve.sim.grid import QUANTILES
-from turboserve.sim.studies import Row, label, settings_of
+from turboserve.sim.studies import Row, ablations, label, part_off, settings_of
 
 LATE_SHOWN_LEAST = 1e-5
 FLEETS_SHOWN = ("turboserve", "hpa", "lcp", "static-least")
@@ -46,7 +46,7 @@ def write_page(rows: list[Row], summary: dict[str, Any], path: Path) -> None:
         for fleet, policies in found["latency"].items():
             parts.append(_latency_table(fleet, policies))
             parts.append(_distributions([row for row in mine if row["fleet"] == fleet]))
-    parts += [_by_trace(summary["by_trace"]), _cheaper(summary["cheaper_baselines"]), _all_rows(rows)]
+    parts += [_ablations(rows), _by_trace(summary["by_trace"]), _cheaper(summary["cheaper_baselines"]), _all_rows(rows)]
     path.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Policies compared</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
@@ -105,12 +105,38 @@ def _service_table(found: dict[str, Any]) -> str:
     )
 
 
+def _ablations(rows: list[Row]) -> str:
+    found = ablations(rows)
+    if not found:
+        return ""
+    heads = ["turned off", "runs at equal service", "windows", "worker-hours over the whole policy's", "least on time"]
+    body = [
+        (
+            False,
+            [
+                one["off"],
+                f"{one['runs_at_equal_service']} of {one['runs']}",
+                str(one["cost"]["traces"]),
+                interval(one["cost"]),
+                f"{100 * one['least_on_time']:.2f}%",
+                f"{100 * one['reduced']:.2f}%",
+            ],
+        )
+        for one in found
+    ]
+    return (
+        "<h2>What each part contributes</h2><p class=soft>One part off at a time, beside the whole policy on the "
+        "same windows and seeds. Without scaling: the smallest fixed fleet that serves, chosen in hindsight.</p>"
+        + _table([*heads, "reduced steps"], body)
+    )
+
+
 def _points(rows: list[Row], figure: Any) -> list[Line]:
     """Per policy its knob settings as points (cost over the clairvoyant's, figure), cheapest first."""
     found: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     by_label: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row["fleet"] in ("scale", "least") and row["reference_worker_hours"]:
+        if row["fleet"] in ("scale", "least") and row["reference_worker_hours"] and not part_off(row):
             by_label[label(row)].append(row)
     for name, mine in by_label.items():
         cost = average((r["group"], r["trace"], r["worker_hours"] / r["reference_worker_hours"]) for r in mine)

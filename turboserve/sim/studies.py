@@ -103,15 +103,15 @@ def default_policies(study: str) -> list[str]:
 
 
 def at_every_delay(rows: list[Row]) -> list[Row]:
-    """Rows of fixed fleets once more for each other delay that the same trace, profile and seed were run with: nothing
-    is provisioned there, so all but the clairvoyant's bill is the same."""
+    """Rows of least fixed fleets once more for each other delay that the same trace, profile and seed were run with:
+    nothing is provisioned there, so all but the clairvoyant's bill is the same."""
     references: dict[tuple[Any, ...], dict[float, float]] = defaultdict(dict)
     for row in rows:
         references[_setting(row)][row["provision_s"]] = row["reference_worker_hours"]
     found = list(rows)
     present = {(_setting(r), label(r), r["fleet"], r["provision_s"]) for r in rows}
     for row in rows:
-        if row["fixed_workers"] is None:
+        if row["fleet"] != "least":
             continue
         for delay_s, hours in references[_setting(row)].items():
             place = (_setting(row), label(row), row["fleet"], delay_s)
@@ -226,6 +226,41 @@ def _latency(rows: list[Row]) -> dict[str, Any]:
             )
             found[fleet][name] = figures
     return found
+
+
+def part_off(row: Row) -> bool:
+    """Whether the row is of our policy with something changed: an ablation, no rival."""
+    return bool(row["policy"] == "turboserve" and row["knobs"])
+
+
+def ablations(rows: list[Row]) -> list[dict[str, Any]]:
+    """Each part turned off, and the published rule, beside the whole policy on the same windows, delays and seeds."""
+    places = {_place(row) for row in rows if part_off(row)}
+    here = [row for row in rows if row["fleet"] in ("scale", "least") and _place(row) in places]
+    whole = {_place(row): row for row in here if row["policy"] == "turboserve" and not row["knobs"]}
+    found = []
+    for name in _labels([row for row in here if part_off(row) or label(row) == "published"]):
+        mine = [row for row in here if label(row) == name and _place(row) in whole]
+        if not mine:
+            continue
+        found.append(
+            {
+                "off": name.removeprefix("turboserve:").removesuffix("=0"),
+                "runs": len(mine),
+                "runs_at_equal_service": sum(row["equal_service"] for row in mine),
+                "cost": average(
+                    (row["group"], row["trace"], row["worker_hours"] / whole[_place(row)]["worker_hours"])
+                    for row in mine
+                ),
+                "least_on_time": min(row["on_time_share"] for row in mine),
+                "reduced": sum(row["reduced_step_share"] for row in mine) / len(mine),
+            }
+        )
+    return found
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return *_setting(row), row["provision_s"]
 
 
 def _labels(rows: list[Row]) -> list[str]:

@@ -120,6 +120,29 @@ def test_the_load_time_check_finds_equal_bits(model):
     assert pool.held_bytes() == 0
 
 
+def test_a_prompt_is_encoded_while_the_chunk_before_it_is_made():
+    parts = tiny_parts("light")
+    asked = []
+
+    class Noted:
+        def encode(self, prompt):
+            asked.append(prompt)
+            return parts.text.encode(prompt)
+
+    engine = engine_for(make(WanParts(parts.transformer, parts.decoder, Noted())), 1)
+    engine.open(session_id("b"), 1, request("b", 0).control)
+    run(engine, "b", 0, 3)
+    engine.submit(session_id("b"), request("b", 3), 0.0)
+    engine.run_pass()  # chunk 3 is in work
+    new = request("b", 4)
+    engine.submit(session_id("b"), new, 1.0)
+    engine.model.prompts.get(new.control.prompt)  # waits for what was begun; no pass has run since
+    assert asked.count(new.control.prompt) == 1
+    while engine.has_work:
+        engine.run_pass()
+    assert asked.count(new.control.prompt) == 1
+
+
 def test_a_session_that_waits_for_its_prompt_holds_up_nobody():
     """The text stage is stuck on one prompt; another session makes its chunks meanwhile."""
     parts = tiny_parts("light")

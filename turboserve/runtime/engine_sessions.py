@@ -262,6 +262,10 @@ class EngineSessions:
                 f"chunk {request.chunk_index} of session {session_id}", expected=str(session.next_unqueued_index)
             )
         session.queue.append(QueuedChunk(request, deadline_s, self._clock() if received_s is None else received_s))
+        # What the chunk needs first, such as its prompt's embedding, is begun while the one before is still made.
+        begin_to_prepare = getattr(self.model, "chunk_ready", None)
+        if begin_to_prepare is not None:
+            begin_to_prepare(session.state, request)
 
     def cancel(self, session_id: str) -> int:
         """Drop every chunk whose frames are not out; the index of the first chunk that may be submitted again.

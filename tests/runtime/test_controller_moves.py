@@ -426,6 +426,23 @@ def test_an_operator_who_kills_a_worker_makes_no_suspects():
     assert cluster.logic.sessions[sid(1)].record.strikes == 0
 
 
+def test_a_session_moves_only_to_a_worker_that_makes_the_same_bits():
+    cluster = running("w0")
+    cluster.start("w1")
+    other = cluster.workers["w1"]
+    fields = {name: getattr(other.hello, name) for name in other.hello.__struct_fields__} | {"numerics_id": "other"}
+    other.hello = m.WorkerHello(**fields)
+    other.connect()
+    cluster.settle()
+    assert cluster.admin("migrate", session_id=sid(1), worker_id="w1").code == "conflict"
+    cluster.kill("w0")
+    cluster.settle()
+    assert cluster.state(1) is SessionState.RECOVERING and not other.held
+    cluster.start("w2")
+    cluster.settle()
+    assert (cluster.owner(1), cluster.state(1)) == ("w2", SessionState.RUNNING)
+
+
 # ---------------------------------------------------------------- drain, stop, fleet
 
 

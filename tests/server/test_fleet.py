@@ -188,3 +188,25 @@ async def test_a_drained_worker_leaves_its_stream_to_another_and_exits_0(
     await until(gone)
     assert len(await ready(http, 2)) == 2 and set(before) | {"w2"} >= set(await workers(http))
     assert drained in fleet.log_text().rpartition("process ended")[2], "the launcher saw exit code 0"
+
+
+async def test_a_worker_told_to_end_leaves_its_stream_to_another(fleet: RunningServer, http: httpx.AsyncClient) -> None:
+    expected = await reference(fleet.url)
+    await ready(http, 2)
+    ended, died = 0, fleet.log_text().count("process died")
+
+    async def end(sid: str) -> None:
+        nonlocal ended
+        name = await until(lambda: owner(http, sid))
+        ended = (await workers(http))[name]["pid"]
+        os.kill(ended, signal.SIGTERM)
+
+    client = await disturbed(fleet.url, end)
+    assert client.digests == expected
+
+    async def gone() -> bool:
+        return ended not in children_of(fleet.pid)
+
+    await until(gone)
+    assert "replay" not in await events(http)
+    assert fleet.log_text().count("process died") == died, "it exited 0"

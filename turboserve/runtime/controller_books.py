@@ -171,6 +171,8 @@ class Live:
     adopt_by_s: float | None = None
     """Of an earlier controller: until then the owner that the directory names may say that it has it."""
     avoid: str = ""
+    numerics_id: str = ""
+    """Of the worker that had it last: only there the same bits come out."""
     anew: bool = False
     """Its recovery point is of no use: the next owner begins at chunk 0."""
     broken_index: int = -1

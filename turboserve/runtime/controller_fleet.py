@@ -238,6 +238,8 @@ class ControllerFleet(ControllerRecovery):
         self._note(now_s, "worker_release", worker=worker_id, reason=action.reason)
         if worker_id in self.workers:
             self._stop_if_empty(worker_id)
+            if self.workers[worker_id].hello.ring_fd < 0:
+                self._wish("remove", worker_id)  # its machine is somebody's to give back
         elif worker_id in self.expected:
             self._unexpect(worker_id)
             self._wish("remove", worker_id)

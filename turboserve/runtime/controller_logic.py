@@ -337,6 +337,9 @@ class ControllerLogic(ControllerFleet):
             self._answer(asked.op_id, code="not_found", message=f"no worker {target!r}")
         elif live.record.owner == target and live.move is None:
             self._answer(asked.op_id, state=public_state(live.record.state).value, message="it is there already")
+        elif not self._fits(live, target):
+            message = f"{target} makes other bits (numerics_id) than the worker that has it; the stream would change"
+            self._answer(asked.op_id, code="conflict", message=message)
         elif not self._takes(target):
             self._answer(asked.op_id, code="overloaded", message=f"{target} has no free slot", retry_after_s=1.0)
         elif live.record.state in (SessionState.HOST, SessionState.DISK) and self._resume(

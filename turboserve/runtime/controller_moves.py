@@ -90,7 +90,7 @@ class ControllerMoves(ControllerBooks):
         record = live.record
         if record.state not in _RESTING or live.move is not None or record.owner not in self.workers:
             return False
-        if target == record.owner or not self._takes(target):
+        if target == record.owner or not self._takes(target) or not self._fits(live, target):
             return False
         move_id = self._store.next_epoch("move")
         live.move = Move(
@@ -131,6 +131,11 @@ class ControllerMoves(ControllerBooks):
         if worker is None or worker.state != "ready":
             return False
         return self._held_count(worker_id) < worker.hello.slot_count
+
+    def _fits(self, live: Live, worker_id: str) -> bool:
+        """Whether the worker makes the same bits as the one that had the session before."""
+        worker = self.workers.get(worker_id)
+        return worker is not None and live.numerics_id in ("", worker.hello.numerics_id)
 
     # ------------------------------------------------------------------ answers to a migration
 
@@ -266,6 +271,7 @@ class ControllerMoves(ControllerBooks):
         live.move, live.adopt_by_s, live.retry_at_s = None, None, None
         live.refusals, live.avoid, live.anew = 0, "", False
         live.began = True
+        live.numerics_id = self.workers[worker_id].hello.numerics_id
         if live.disk_bytes:
             live.disk_bytes = 0
             self._out.append(DropFile(opened.session_id))

@@ -159,10 +159,10 @@ class ControllerRecovery(ControllerMoves):
     def _apart(self, live: Live, wanted: str) -> str | None:
         """The worker to put it on when the tick says `wanted`: away from where it broke and from other suspects.
 
-        None: it must wait, because every worker with room has a suspect as grave as itself.
+        None: it must wait, because every worker with room has a suspect as grave as itself, or would make other bits.
         """
         grave = live.record.strikes >= STRIKES_MAX
-        if not live.record.strikes and wanted != live.avoid:
+        if not live.record.strikes and wanted != live.avoid and self._fits(live, wanted):
             return wanted
         suspects: dict[str, int] = {}
         for other in self.sessions.values():
@@ -170,6 +170,9 @@ class ControllerRecovery(ControllerMoves):
                 worst = max(suspects.get(other.record.owner, 0), other.record.strikes)
                 suspects[other.record.owner] = worst
         roomy = [wanted] + [one for one in sorted(self.workers) if one != wanted and self._takes(one)]
+        roomy = [one for one in roomy if self._fits(live, one)]
+        if not roomy:
+            return None  # it waits for a worker that makes the same bits
         if not live.record.strikes:
             suspects = {}
         away = [one for one in roomy if one != live.avoid] or roomy

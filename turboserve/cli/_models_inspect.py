@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def _model(path: Path, manifest: Any, profile: str | None, gpu_memory_gb: float,
     slot = preset.slot(manifest.size)
     session_bytes = state_bytes(layout)
     on_gpu = [name for name in manifest.needed if name != "text_encoder" or manifest.text_device == "same"]
-    weight_bytes = sum(parts[name]["bytes"] for name in on_gpu if name in parts)
+    weight_bytes = sum(_bytes_in_16_bits(manifest.paths[name]) for name in on_gpu if name in parts)
     room = gpu_memory_gb * 1e9 - weight_bytes - _WORKSPACE_BYTES
     found: dict[str, Any] = {
         "path": str(path),
@@ -132,6 +133,16 @@ def _model(path: Path, manifest: Any, profile: str | None, gpu_memory_gb: float,
         if not manifest.sha256:
             found["problems"].append("no SHA-256 is recorded: only a model.toml has them")
     return found
+
+
+def _bytes_in_16_bits(path: Path) -> int:
+    """What a part takes on a device, whatever it is stored in; a tokenizer takes nothing."""
+    from turboserve.model.tensor_files import TensorFiles
+
+    if path.suffix == ".json":
+        return 0
+    with TensorFiles.open(path) as files:
+        return sum(2 * math.prod(files.shape(key)) for key in files.keys)
 
 
 def _layout(manifest: Any) -> tuple[Field, ...]:

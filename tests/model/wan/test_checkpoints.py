@@ -105,6 +105,9 @@ def test_inspect_tells_parts_bytes_and_sessions(folders):
     layout = load_model(str(folders["diffusers"])).state_layout()
     in_16_bits = sum(one.nbytes // (1 if one.name in ("latents", "work") else 2) for one in layout)
     assert found["state_bytes"]["session"] == in_16_bits
+    weights = (folders["diffusers"] / "transformer").glob("*.safetensors")
+    stored = sum(one.numel() for path in weights for one in load_file(path).values())
+    assert stored * 2 < found["sessions_per_gpu"]["weights_bytes"] < stored * 4  # in 16 bits, with the other parts
     assert found["sessions_per_gpu"]["sessions"] > 100 and found["expected"]["chunk_latency_s"] > 0
     text = run("inspect", folders["diffusers"])
     assert "sessions fit a GPU" in text and "preset wan-tiny assumed" in text

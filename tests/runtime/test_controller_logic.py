@@ -12,7 +12,7 @@ from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import GATEWAY, Drop, Send
 from turboserve.runtime.controller_logic import ControllerLogic
-from turboserve.runtime.controller_moves import REFUSALS_MAX
+from turboserve.runtime.controller_opening import REFUSALS_MAX
 from turboserve.session import SessionRecord, SessionState
 
 CAPACITY = 2

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
 
 from turboserve.errors import Conflict
@@ -18,16 +16,47 @@ from turboserve.orchestrator import view as views
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.runtime import cluster_picture
 from turboserve.runtime import messages as m
+from turboserve.runtime.controller_records import (
+    GATEWAY,
+    LAUNCHER,
+    OWNED_BY_GATEWAY,
+    Drop,
+    DropFile,
+    DropPoints,
+    Effect,
+    Kind,
+    Live,
+    Load,
+    Move,
+    Phase,
+    Send,
+    Spill,
+    Worker,
+)
 from turboserve.session import SessionRecord, SessionState, public_state
 
 OPS_KEPT = 4096
 PROFILING_MAX = 64
 DECISIONS_KEPT = 100
 FAILED_KEPT = 1024
-GATEWAY = "gateway"
-LAUNCHER = "launcher"
-OWNED_BY_GATEWAY = frozenset({SessionState.RUNNING, SessionState.STALLED, SessionState.PRECOPY})
-"""In these the gateway may send credits to the owner."""
+__all__ = [
+    "DECISIONS_KEPT",
+    "GATEWAY",
+    "LAUNCHER",
+    "ControllerBooks",
+    "Drop",
+    "DropFile",
+    "DropPoints",
+    "Effect",
+    "Kind",
+    "Live",
+    "Load",
+    "Move",
+    "Phase",
+    "Send",
+    "Spill",
+    "Worker",
+]
 
 Decide: TypeAlias = Callable[[views.ClusterView, Any, float], tuple[plans.Plan, Any]]
 
@@ -41,143 +70,6 @@ class Store(Protocol):
     def set_move(self, session_id: str, move_id: int, target: str) -> None: ...
     def forget(self, session_id: str) -> None: ...
     def next_epoch(self, name: str) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Put `message` on the channel to `to`: a worker id, or GATEWAY."""
-
-    to: str
-    message: m.Message
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Close the channel to `to`."""
-
-    to: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class DropPoints:
-    """The session has ended: what it left in the arena and on disk may go. Repeating it does no harm."""
-
-    session_id: str
-    to: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Spill:
-    """Put the session's newest recovery point on disk and drop it from the arena; `ControllerLogic.spilled` answers."""
-
-    session_id: str
-    to: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Bring the session's recovery point from disk into the arena; `ControllerLogic.loaded` answers."""
-
-    session_id: str
-    to: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class DropFile:
-    """The session runs again: its point on disk is old."""
-
-    session_id: str
-    to: str = ""
-
-
-Effect: TypeAlias = Send | Drop | DropPoints | Spill | Load | DropFile
-
-
-@dataclass(slots=True)
-class Worker:
-    hello: m.WorkerHello
-    row: int
-    state: str
-    lease_until_s: float
-    stats: m.Heartbeat | None = None
-    blamed: bool = True
-    """If it goes now, one of its sessions may have done it; false once it was told to end."""
-    closing: set[tuple[str, int]] = field(default_factory=set)
-    """(session, epoch) that it was told to close and has not said to have released."""
-    suspend_at_s: float | None = None
-    """Draining: what is still there then goes to host memory."""
-
-
-class Kind(StrEnum):
-    """What a session's move is for."""
-
-    PLACE = "place"
-    RESUME = "resume"
-    RECOVER = "recover"
-    MIGRATE = "migrate"
-    SUSPEND = "suspend"
-    ABORT = "abort"
-
-
-class Phase(StrEnum):
-    """Whose answer a move waits for."""
-
-    PREPARE = "prepare"  # the target's SessionPrepared
-    HANDOVER = "handover"  # the source's HandedOver
-    SUSPEND = "suspend"  # the owner's SessionSuspended
-    OPEN = "open"  # the owner's SessionOpened
-
-
-@dataclass(slots=True)
-class Move:
-    """A session between two states of rest. `source` holds its state now, `target` is to have it; "" where none."""
-
-    kind: Kind
-    phase: Phase
-    id: int
-    source: str
-    target: str
-    began_s: float
-    deadline_s: float
-    source_epoch: int = 0
-    reason: str = ""
-    tier: str = "host"
-
-
-@dataclass(slots=True)
-class Live:
-    """A session that has not ended, with what the gateway asked for."""
-
-    record: SessionRecord
-    request: m.CreateSession
-    row: int
-    attached: bool = False
-    queued_since_s: float = 0.0
-    move: Move | None = None
-    began: bool = False
-    """A worker has had it: from now on it is restored, never placed as new."""
-    wanted: bool = True
-    """A viewer wants chunks, as far as the gateway has said."""
-    next_index: int = 0
-    point_bytes: int = 0
-    disk_bytes: int = 0
-    loading: bool = False
-    """Its point is on the way from disk to the arena."""
-    spill_tried: bool = False
-    refusals: int = 0
-    retry_at_s: float | None = None
-    """Until then no worker is looked for."""
-    adopt_by_s: float | None = None
-    """Of an earlier controller: until then the owner that the directory names may say that it has it."""
-    avoid: str = ""
-    numerics_id: str = ""
-    """Of the worker that had it last: only there the same bits come out."""
-    anew: bool = False
-    """Its recovery point is of no use: the next owner begins at chunk 0."""
-    broken_index: int = -1
-    strike_index: int = -1
-    """The chunk that comes next after the last worker death it was in; strikes go when it is well past."""
 
 
 class ControllerBooks:

@@ -43,6 +43,7 @@ __all__ = [
     "DECISIONS_KEPT",
     "GATEWAY",
     "LAUNCHER",
+    "PROFILING_MAX",
     "ControllerBooks",
     "Drop",
     "DropFile",

@@ -253,8 +253,11 @@ class Cluster:
             self.world.at(0.1 + self.world.rng.random() * 0.5, lambda: None if restart.alive else restart.start())
 
     def _exited(self, worker: SimWorker, code: int, reason: str) -> None:
-        if code == 0 and "drained" in reason and worker.engine.held:
-            raise Violation("I12 a drained worker ends and owns something")
+        if code == 0 and "drained" in reason:
+            for sid, held in worker.engine.held.items():  # a stale copy that it was about to close is nobody's
+                row = self.directory.rows.get(sid)
+                if row is not None and (row.record.owner, row.record.epoch) == (worker.name, held.epoch):
+                    raise Violation("I12 a drained worker ends and owns something")
         if code == 0:
             self.gone.add(worker.name)
             self._tell(worker.name, "exited")

@@ -27,7 +27,7 @@ CODES: tuple[ErrorCode, ...] = (
     ErrorCode("method_not_allowed", 405, False, "The path exists, the method does not.", "See `/openapi.json`."),
     ErrorCode("too_slow", 408, True, "Header or body did not arrive in time.", "Send it again, faster."),
     ErrorCode("conflict", 409, False, "The session's state does not allow this.", "Read the state first."),
-    ErrorCode("event_id_conflict", 409, False, "This event_id was used before in the session.", "Use a fresh one."),
+    ErrorCode("event_id_conflict", 409, False, "This event_id was used for other words.", "Use a fresh one."),
     ErrorCode("state_error", 409, False, "Stored session state cannot be used.", "Open a new session."),
     ErrorCode("state_incompatible", 409, False, "State of another model, layout or numerics.", "Open a new session."),
     ErrorCode("state_corrupt", 409, False, "A digest or checksum is wrong; the session ends.", "Open a new session."),

@@ -90,17 +90,21 @@ def compare(runs: list[dict[str, Any]], simulated: dict[str, Any]) -> dict[str, 
 @click.option("--profile", default="k4", show_default=True, metavar="FILE|NAME", help="Workers are padded to it.")
 @click.option(
     "--stretch",
-    default=1.0,
+    default=2.0,
     show_default=True,
     type=click.FloatRange(0.1),
     help="The profile's times by this: slower play needs less CPU.",
 )
-@click.option("--speed", default=5.0, show_default=True, type=click.FloatRange(0.01), help="Trace time runs so fast.")
+@click.option("--speed", default=8.0, show_default=True, type=click.FloatRange(0.01), help="Trace time runs so fast.")
 @click.option("--from-s", default=600.0, show_default=True, type=click.FloatRange(0))
-@click.option("--length-s", default=900.0, show_default=True, type=click.FloatRange(1))
-@click.option("--active-max", default=9, show_default=True, type=click.IntRange(1), help="Nominal peak of the window.")
+@click.option("--length-s", default=1500.0, show_default=True, type=click.FloatRange(1))
+@click.option(
+    "--keep", default=0.12, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Of sessions."
+)
+@click.option("--active-max", default=11, show_default=True, type=click.IntRange(1), help="Nominal peak of the window.")
 @click.option("--max-workers", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Runs of each fleet.")
+@click.option("--fixed-repeats", type=click.IntRange(1), help="Of the fixed fleet.  [default: as many]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), metavar="F.json|DIR")
 @json_option
@@ -111,9 +115,11 @@ def command(
     speed: float,
     from_s: float,
     length_s: float,
+    keep: float,
     active_max: int,
     max_workers: int,
     repeats: int,
+    fixed_repeats: int | None,
     seed: int,
     out: Path | None,
     as_json: bool,
@@ -121,7 +127,13 @@ def command(
     """Scale a live fleet by a trace, and lay the simulator's prediction and a fixed fleet beside it."""
     paced = stretched(load_profile(profile), stretch)
     trace = scaled(
-        read_trace(trace_file), speed=speed, from_s=from_s, length_s=length_s, active_max=active_max, seed=seed
+        read_trace(trace_file),
+        speed=speed,
+        from_s=from_s,
+        length_s=length_s,
+        keep=keep,
+        active_max=active_max,
+        seed=seed,
     )
     terminal = console()
     peak = demand(trace).peak
@@ -135,7 +147,7 @@ def command(
     pace = _pace(paced, Path(scratch.name))
     for name, flags in fleets.items():
         runs = []
-        for number in range(repeats):
+        for number in range(repeats if name == "autoscaled" else fixed_repeats or repeats):
             with terminal.status(f"{name}, run {number + 1}") as status:
 
                 def say(at_s: float, end_s: float, delivered: int, workers: int, name: str = name) -> None:
@@ -172,6 +184,7 @@ def command(
         "setting": {
             "trace": trace.name,
             "from_s": from_s,
+            "keep": keep,
             "length_s": length_s,
             "active_max": active_max,
             "peak_active": peak,

@@ -82,7 +82,7 @@ def perform(page: Page, film: Film) -> None:
     page.click("#plug-pull")
     page.wait_for_selector("#plug-lanes [data-state=lost]", timeout=60_000)
     page.screenshot(path=PICTURES / "plug-dead.png")
-    page.wait_for_selector("#plug-badge[data-done=true]", timeout=120_000)
+    page.wait_for_selector("#plug-badge[data-done=true]", timeout=240_000)
     page.wait_for_timeout(1000 * AFTER_S)
     film.stop()
     page.screenshot(path=PICTURES / "plug.png")

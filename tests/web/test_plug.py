@@ -50,7 +50,7 @@ def test_a_killed_worker_costs_no_frame(open_page: OpenPage, tmp_path_factory: p
         told = page.inner_text("#plug-text")
         assert "SHA-256" in told and "made after the kill" in told, "it says what was compared"
         assert page.locator(".tile[data-status=playing]").count() == 2
-        assert "pictures that stood still" in page.inner_text("#plug-facts")
+        assert "pictures stood still" in page.inner_text("#plug-facts")
         # It was a real kill: the process is another one, or not back yet.
         assert pid not in [one.get("pid") for one in cluster(server)["workers"]]
         assert page.evaluate(NO_SIDEWAYS)

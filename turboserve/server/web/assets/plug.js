@@ -16,7 +16,7 @@ const OFFER_AGAIN_MS = 4000;
 const RESERVE_S = 1.5;
 const READY_AFTER_CHUNKS = 8;
 const COMPARE_AFTER_CHUNKS = 9;
-const TWIN_REST_MS = 60;
+const TWIN_REST_MS = 120;
 /** A second run that the scheduler moved is no undisturbed one: it is made again, so many times in all. */
 const TWIN_TRIES = 3;
 const GIVE_UP_MS = 60_000;
@@ -49,6 +49,7 @@ export class Plug {
     this.victimEpoch = 0;
     this.onVictim = 0;
     this.isDead = false;
+    this.stalls = 0;
     this.pulledMs = 0;
     this.timer = 0;
     this.twinWorkers = new Set();
@@ -114,7 +115,7 @@ export class Plug {
   /** @param {Watched} one */
   #arrived(one) {
     const now = performance.now();
-    if (this.phase === "pulled") one.longestMs = Math.max(one.longestMs, now - Math.max(one.lastMs, 0));
+    if (this.phase === "pulled" && nextIndex(one.tile) <= one.indexBefore + COMPARE_AFTER_CHUNKS) one.longestMs = Math.max(one.longestMs, now - Math.max(one.lastMs, 0));
     one.lastMs = now;
     const { player } = one.tile.stream;
     if (player) player.playout.reserveS = RESERVE_S;
@@ -205,17 +206,15 @@ export class Plug {
     this.#say(`${this.victim} gets SIGKILL…`);
   }
 
-  /** Every stream against an undisturbed run of itself, one after the other. */
+  /** Every stream against an undisturbed run of itself; what is watched has nearer deadlines and goes first. */
   async #compare() {
     this.phase = "comparing";
     for (const one of this.watched) one.count = nextIndex(one.tile);
     const total = this.watched.reduce((sum, one) => sum + one.count, 0);
     try {
-      for (const one of this.watched) {
-        this.#say(`All streams play again. Now each is made a second time, undisturbed, and held against what you saw: ${this.#verified()} of ${total} chunks…`);
-        await this.#compareOne(one, total);
-        if (this.phase === "off") return;
-      }
+      this.#say("All streams play again. Now each is made a second time, undisturbed, and held against what you saw.");
+      await Promise.all(this.watched.map((one) => this.#compareOne(one, total)));
+      if (this.phase !== "comparing") return;
       this.phase = "done";
       this.#verdict();
     } catch (error) {
@@ -286,11 +285,13 @@ export class Plug {
   }
 
   #facts() {
-    const stalls = this.watched.reduce((sum, one) => sum + (one.tile.stream.player?.playout.stalls ?? 0) - one.stallsBefore, 0);
+    // Until all were back: the second runs after that are load of our own making.
+    if (this.phase === "pulled") this.stalls = this.watched.reduce((sum, one) => sum + (one.tile.stream.player?.playout.stalls ?? 0) - one.stallsBefore, 0);
+    const { stalls } = this;
     const longest = Math.max(0, ...this.watched.map((one) => one.longestMs));
     at("plug-facts").dataset.stalls = String(stalls);
     at("plug-facts").replaceChildren(
-      pair("pictures that stood still", stalls === 0 ? "none" : String(stalls)),
+      pair("pictures stood still till all were back", stalls === 0 ? "none" : String(stalls)),
       pair("longest wait for a chunk", `${(longest / 1000).toFixed(2)} s`),
       pair("streams playing", `${this.watched.filter(({ tile }) => tile.stream.status === Status.PLAYING).length} of ${this.watched.length}`),
       pair("chunks compared and equal", String(this.#verified())),

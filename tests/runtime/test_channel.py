@@ -107,3 +107,23 @@ def test_schema_is_checked():
         messages.decode(messages._encoder.encode({"type": "Exec", "code": "rm"}))
     newer = messages._encoder.encode({"type": "Lease", "lease_s": 1.0, "worker_epoch": 3, "from_the_future": 1})
     assert messages.decode(newer).worker_epoch == 3
+
+
+def test_a_loop_that_ends_with_peers_connected_complains_of_nothing():
+    """asyncio.run cancels the tasks that serve peers; its stream callback must not take that for an error."""
+    complaints: list[dict] = []
+
+    async def serve_and_leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        connected = asyncio.Event()
+
+        async def on_channel(peer: channel.Channel) -> None:
+            connected.set()
+            await asyncio.sleep(3600)
+
+        server = await channel.listen("127.0.0.1", 0, TOKEN, on_channel)
+        await channel.connect("127.0.0.1", channel.bound_port(server), TOKEN)
+        await connected.wait()
+
+    asyncio.run(serve_and_leave())
+    assert not complaints

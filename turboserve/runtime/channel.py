@@ -209,6 +209,8 @@ async def listen(
             return
         try:
             await on_channel(channel)
+        except asyncio.CancelledError:
+            pass  # nobody but the loop's end cancels this task, and asyncio's own callback would log that as an error
         finally:
             await channel.close()
 

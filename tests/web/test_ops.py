@@ -88,7 +88,7 @@ def test_the_real_cluster_with_a_stream_on_it(server: Server, open_page: OpenPag
     ops = watcher.page.context.new_page()
     ops.goto(server.url + "ops")
     ops.wait_for_selector(".worker[data-state=ready]", timeout=WAIT_MS)
-    chip = ops.locator(f"[data-session={sid}]")
+    chip = ops.locator(f"[data-session='{sid}']")
     chip.wait_for(timeout=WAIT_MS)
     ops.wait_for_function(
         "() => Number(document.querySelector('[data-state=active] b').textContent) >= 1", timeout=WAIT_MS

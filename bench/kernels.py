@@ -112,10 +112,12 @@ def command(
     as_json: bool,
 ) -> int:
     """How fast the kernels are, or (--compile-only) what they compile to: registers, spills, instructions."""
+    from turboserve.bench.report import versions
+
     if not compile_only:
         return _time(pattern, device, rounds, out, as_json)
     rows, wrong, skipped = compile_rows([int(one) for one in arches or ARCHES], pattern)
-    found = {"rows": rows, "problems": wrong, "skipped": skipped}
+    found = {"versions": versions("torch", "triton"), "rows": rows, "problems": wrong, "skipped": skipped}
     if out is not None:
         path = out / "kernels-compiled.json" if out.is_dir() else out
         path.write_text(json.dumps(found, indent=1) + "\n")

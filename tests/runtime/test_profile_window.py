@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_a_window_on_a_running_engine_ends_by_itself_and_its_trace_shows_the_chu
     assert f"decode {short} #3" not in names
     assert "pass" in trace.with_suffix(".txt").read_text()
     assert not list(folder.glob(".*")) and not ranges.listening()
+
+
+def test_a_window_on_an_idle_engine_closes_when_its_time_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_window, "WINDOW_MAX_S", 0.2)
+    with Loop(tmp_path) as one:
+        one.loop.put(e.Profile(7, 2))
+        (told,) = one.wait(e.Profiling)
+        until_s = time.monotonic() + 20
+        while not Path(told.path).exists():
+            assert time.monotonic() < until_s, "the window stays open"
+            time.sleep(0.01)
+    assert not ranges.listening()
 
 
 def test_without_a_folder_it_says_so():

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from turboserve.kernels.reference import UNIT_BYTES
+
 LOG2_E = 1.4426950408889634
 WORK_COLUMNS = 4
-UNIT_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)

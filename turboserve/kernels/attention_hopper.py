@@ -26,7 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from turboserve.kernels.attention import LOG2_E, UNIT_BYTES
+from turboserve.kernels.attention import LOG2_E
+from turboserve.kernels.reference import UNIT_BYTES
 
 BLOCK_M, BLOCK_N, STAGES = 128, 128, 2  # two warp groups share BLOCK_M rows
 NUM_WARPS = 4  # of each warp group

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboserve.kernels.attention import UNIT_BYTES
-from turboserve.kernels.reference import CHECKSUM_PRIME
+from turboserve.kernels.reference import CHECKSUM_PRIME, UNIT_BYTES
 
 BLOCK_WORDS = 4096
 CHECKSUM_WORDS = 4096
@@ -66,15 +65,19 @@ def _copy(packed: Tensor, wide: Tensor, starts: Tensor, extent_bytes: int, *, ga
     )
 
 
-def gather_extents(source: Tensor, starts: Tensor, extent_bytes: int) -> Tensor:
-    """Equal extents of a byte buffer laid end to end. `starts`: int64 byte offsets, multiples of 16."""
-    packed = torch.empty(starts.numel() * extent_bytes, dtype=torch.uint8, device=source.device)
+def gather_extents(source: Tensor, starts: Tensor, extent_bytes: int, out: Tensor | None = None) -> Tensor:
+    """Equal extents laid end to end, in `out` if given. `starts`: int64 byte offsets from the first byte of `source`,
+    multiples of 16; they may name memory of other allocations, on either side of it."""
+    size = starts.numel() * extent_bytes
+    packed = torch.empty(size, dtype=torch.uint8, device=source.device) if out is None else out
+    if packed.numel() != size:
+        raise ValueError(f"{starts.numel()} extents of {extent_bytes} bytes into {packed.numel()} bytes")
     _copy(packed, source, starts, extent_bytes, gather=True)
     return packed
 
 
 def scatter_extents(packed: Tensor, target: Tensor, starts: Tensor, extent_bytes: int) -> None:
-    """The reverse of `gather_extents`, into `target` in place. Extents must not overlap."""
+    """The reverse of `gather_extents`, in place; `starts` count from the first byte of `target`. No overlaps."""
     _copy(packed, target, starts, extent_bytes, gather=False)
 
 

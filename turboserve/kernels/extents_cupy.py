@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turboserve.kernels.attention import UNIT_BYTES
+from turboserve.kernels.reference import UNIT_BYTES
 
 THREADS = 256
 UNITS_A_THREAD = 4
@@ -79,9 +79,12 @@ def _launch(name: str, packed: Tensor, wide: Tensor, starts: Tensor, extent_byte
     placed.record_stream(stream)
 
 
-def gather_extents(source: Tensor, starts: Tensor, extent_bytes: int) -> Tensor:
+def gather_extents(source: Tensor, starts: Tensor, extent_bytes: int, out: Tensor | None = None) -> Tensor:
     """As extents.gather_extents. `starts`: int64 byte offsets on the device, multiples of 16; 65,535 at most."""
-    packed = torch.empty(starts.numel() * extent_bytes, dtype=torch.uint8, device=source.device)
+    size = starts.numel() * extent_bytes
+    packed = torch.empty(size, dtype=torch.uint8, device=source.device) if out is None else out
+    if packed.numel() != size:
+        raise ValueError(f"{starts.numel()} extents of {extent_bytes} bytes into {packed.numel()} bytes")
     _launch("gather_extents", packed, source, starts, extent_bytes)
     return packed
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from turboserve.kernels import attention, norm, rope
-from turboserve.kernels.attention import UNIT_BYTES, TileConfig
+from turboserve.kernels.attention import TileConfig
 from turboserve.kernels.packed import LevelTable, PackedSegment
 from turboserve.kernels.packed_torch import by_segment
+from turboserve.kernels.reference import UNIT_BYTES
 
 
 class TritonKernels:

@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+UNIT_BYTES = 16
+"""What kernels count memory in: every access is aligned to 128 bits."""
+
 
 def attn_varlen_slot(
     q: Tensor,

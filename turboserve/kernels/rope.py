@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboserve.kernels.attention import UNIT_BYTES
+from turboserve.kernels.reference import UNIT_BYTES
 
 
 @triton.jit

@@ -79,10 +79,10 @@ class EngineLoop:
                 return command.code
             if command is not None:
                 self._obey(command)
-            else:
+            elif not idle:
                 self._engine.run_pass_into(self._post_event)
-                if self._window.is_due:
-                    log.info("profile of %s saved", self._window.close())
+            if self._window.is_due:
+                log.info("profile of %s saved", self._window.close())
             if self._stops:
                 self._stop_those_at_a_boundary()
 
@@ -93,7 +93,8 @@ class EngineLoop:
 
     def _next(self, *, block: bool) -> e.EngineCommand | Quit | None:
         try:
-            return self._commands.get(block)
+            # An open capture window ends in time even if no chunk is asked for.
+            return self._commands.get(block, self._window.left_s)
         except queue.Empty:
             return None
 

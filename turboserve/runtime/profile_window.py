@@ -61,6 +61,11 @@ class ProfileWindow:
         self._left -= 1
 
     @property
+    def left_s(self) -> float | None:
+        """How much longer the open window may be open; None when none is."""
+        return max(0.0, self._until_s - time.monotonic()) if self.is_open else None
+
+    @property
     def is_due(self) -> bool:
         """Whether an open window has seen its chunks, or has been open for too long."""
         return self.is_open and (self._left <= 0 or time.monotonic() >= self._until_s)

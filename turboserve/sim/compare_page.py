@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ def write_page(rows: list[Row], summary: dict[str, Any], path: Path) -> None:
     """Write the page for the rows of all studies so far."""
     parts = [
         "<h1>Policies compared</h1>",
-        f"<p>{len(rows)} simulated runs over {len({row['trace'] for row in rows})} traces. Nothing here was measured "
-        "on a GPU; the latency profiles say what they stand for. Averages are means over source groups (traces of one "
-        "source count as one), with a bootstrap 95% interval over groups, traces and seeds.</p>",
+        f"<p>{summary['runs']} simulated runs over {len({row['trace'] for row in rows})} traces. Nothing here was "
+        "measured on a GPU; the latency profiles say what they stand for. Averages are means over source groups "
+        "(traces of one source count as one), with a bootstrap 95% interval over groups, traces and seeds.</p>",
         _audited(summary),
     ]
-    for profile, delay_s in settings_of(rows):
+    shown = Counter((row["profile"], row["provision_s"]) for row in rows)
+    for profile, delay_s in sorted(settings_of(rows), key=lambda setting: -shown[setting]):
         mine = [row for row in rows if (row["profile"], row["provision_s"]) == (profile, delay_s)]
         found = summary["studies"][f"{profile} D={delay_s:g}"]
         parts.append(f"<h2>Profile {escape(profile)}, provisioning delay {delay_s:g} s</h2>")

@@ -111,7 +111,7 @@ def at_every_delay(rows: list[Row]) -> list[Row]:
     found = list(rows)
     present = {(_setting(r), label(r), r["fleet"], r["provision_s"]) for r in rows}
     for row in rows:
-        if row["fleet"] != "least":
+        if row["fleet"] != "least" or part_off(row):
             continue
         for delay_s, hours in references[_setting(row)].items():
             place = (_setting(row), label(row), row["fleet"], delay_s)

@@ -26,6 +26,7 @@ cost() { # Worker-hours at equal service, D = 30 s: ours, and the smallest stati
 }
 latencies() { # Chunk latency at equal fleets of ceil(peak / capacity), full steps.
     latency --factor 1.0 --seeds 3 $(with $seven) $fixed
+    latency --factor 1.0 --seeds 1 $(with hyb_flash_large mooncake_chat_full) $fixed
 }
 room() { # The same with more workers than the peak needs.
     latency --factor 1.3 --factor 1.6 --seeds 1 $(with $three) $fixed
@@ -46,8 +47,8 @@ baselines() {
 }
 compute4() {
     service --profile compute4 --seeds 1 $(with $small) --policy turboserve
-    service --profile compute4 --seeds 1 $(with $three) --policy static-least
-    latency --profile compute4 --factor 1.0 --seeds 1 $(with $three) $fixed
+    service --profile compute4 --seeds 1 $(with $seven) --policy static-least
+    latency --profile compute4 --factor 1.0 --seeds 1 $(with $seven) $fixed
 }
 units() { # Workers that come in nodes of eight.
     compare /units --study service --steps-floor 2 --unit-workers 8 --seeds 1 $(with $three) --policy turboserve \

@@ -25,7 +25,7 @@ cost() { # Worker-hours at equal service, D = 30 s: ours, and the smallest stati
     service --seeds 1 $(with $big) --policy turboserve
 }
 latencies() { # Chunk latency at equal fleets of ceil(peak / capacity), full steps.
-    latency --factor 1.0 --seeds 3 $(with $seven) $fixed
+    latency --factor 1.0 --seeds 5 $(with $seven) $fixed
     latency --factor 1.0 --seeds 1 $(with hyb_flash_large mooncake_chat_full) $fixed
 }
 room() { # The same with more workers than the peak needs.
@@ -36,7 +36,7 @@ ablation() {
     service --seeds 1 $(with hyb_azconv_gentd_p20) --policy turboserve:migrate=0
 }
 delays() {
-    service --provision-s 0 --provision-s 120 --seeds 1 $(with $small) --policy turboserve
+    service --provision-s 0 --provision-s 120 --seeds 3 $(with $small) --policy turboserve
 }
 baselines() {
     service --seeds 1 $(with $small) --policy hpa:target=0.7

@@ -91,6 +91,7 @@ def _extents(device: torch.device, extent_bytes: int, count: int) -> Iterator[Ca
             skipped["cupy twin"] = str(error)
     else:
         families["torch"] = reference
+        skipped["triton extents"] = skipped["cupy twin"] = "no CUDA device"
     gather_baselines = {"torch index_select": lambda: rows[chosen]}
     for name, family in families.items():
         gather = lambda f=family: f.gather_extents(buffer, starts, extent_bytes)

@@ -2,6 +2,7 @@
 
 `copy` moves the pieces of pages (many small ones, as they lie in a cache) into the arena: the copy engine against
 torch's and numpy's own copies in the calling thread. `checksum` is the arena's, against what the standard library has.
+`pack` is the same with small pieces gathered into one buffer on the device (and scattered after), against a copy each.
 `reserve-commit` is the table alone. `suspend`, `write-through` and `restore` are recovery points of the embedded model,
 against safetensors of the same tensors. Rows with `cuda` in their case need a device and page-lock the arena.
 """
@@ -22,6 +23,7 @@ from safetensors.torch import save as save_tensors
 
 from turboserve.bench import timing
 from turboserve.bench.command import bench_command
+from turboserve.bench.offload_pack import pack_times
 from turboserve.bench.report import Row, cpu_name, make_row, versions
 from turboserve.model.interface import ChunkRequest, Control
 from turboserve.model.shapes.model import ShapesModel
@@ -31,6 +33,7 @@ from turboserve.runtime.checksum import checksum64
 from turboserve.runtime.copy_engine import CopyEngine, join_pieces
 from turboserve.runtime.engine import Engine
 from turboserve.runtime.kv_pool import KvPool
+from turboserve.runtime.packing import ExtentKernels, state_kernels
 from turboserve.runtime.recovery_store import RecoveryStore
 from turboserve.runtime.session_tensors import HeldSession
 from turboserve.runtime.snapshot import SessionWriter, SnapshotShape, restore, tensor_addresses
@@ -40,6 +43,8 @@ TWINS = ["python", *(["native"] if native.IMPLEMENTATION == "native" else [])]
 TWIN_NAMES = {"python": "Python twin", "native": "C++"}
 # (pieces, bytes of each): a page of `shapes`, one of a model with 30 layers at 480p cut to a sixteenth
 BATCHES = [(12, 30_720), (60, 1 << 20)]
+# Both sides of PACK_BELOW_BYTES, to see where packing stops to win.
+PACKED = [(480, 4096), (480, 30_720), (240, 256 << 10), (64, 1 << 20), (32, 4 << 20)]
 CHUNKS = 8
 
 
@@ -125,6 +130,25 @@ def copy_rows(rounds: int, device: str) -> Iterator[Row]:
                             f"{pieces}x{piece_bytes}", None if device == "cpu" else torch.cuda.get_device_name()
                         ),
                     )
+
+
+def pack_rows(
+    rounds: int, device: torch.device, kernels: ExtentKernels, batches: list[tuple[int, int]] = PACKED
+) -> Iterator[Row]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    for pieces, piece_bytes in batches:
+        times, error = pack_times(pieces, piece_bytes, rounds, device, kernels)
+        for way in ("out", "home"):
+            yield make_row(
+                case=f"offload/pack/{way}",
+                timing=times[f"{way} packed"],
+                floor="one pinned copy of the bytes, contiguous, in this run",
+                floor_ms=times[f"{way} floor"].median_ms,
+                baseline="the copy engine, a copy for each piece",
+                baseline_ms=times[f"{way} plain"].median_ms,
+                max_rel_err=error,
+                **settings(f"{pieces}x{piece_bytes}", name),
+            )
 
 
 def checksum_rows(rounds: int) -> Iterator[Row]:
@@ -284,6 +308,14 @@ def command(wanted: Callable[[str], bool], rounds: int) -> Iterator[Row]:
         yield from copy_rows(rounds, "cpu")
     if torch.cuda.is_available() and native.load_cuda()[1] and wanted("offload/copy/cuda/C++"):
         yield from copy_rows(rounds, "cuda")
+    if any(wanted(f"offload/pack/{way}") for way in ("out", "home")):
+        if torch.cuda.is_available() and native.load_cuda()[1]:
+            device = torch.device("cuda", torch.cuda.current_device())
+            kernels = state_kernels(device)
+            assert kernels is not None
+            yield from pack_rows(rounds, device, kernels)
+        else:
+            click.echo("not run: offload/pack: there is no CUDA device here to pack on", err=True)
     if any(wanted(f"offload/checksum/{TWIN_NAMES[twin]}") for twin in TWINS):
         yield from checksum_rows(rounds)
     if any(wanted(f"offload/reserve-commit/{TWIN_NAMES[twin]}") for twin in TWINS):

@@ -28,6 +28,7 @@ def test_every_case_runs_on_the_cpu(tmp_path):
         "attention/equal/torch", "attention/ragged/torch", "rows/layer_norm_modulate", "rows/gated_residual_norm",
         "rows/qk_norm_rope_append", "extents/gather/torch", "extents/scatter/torch", "extents/checksum/torch",
     }  # fmt: skip
+    assert "not run: cupy twin: no CUDA device" in result.stderr
     for row in rows:
         assert row["checked"] and row["max_rel_err"] <= 1e-4 and row["floor_ms"] > 0 and row["median_ms"] > 0
         assert "measured in this run" in row["floor"]

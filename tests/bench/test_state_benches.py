@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from turboserve.bench import migrate, offload
@@ -29,6 +30,12 @@ def test_offload_rows(tmp_path, monkeypatch):
         "offload/reserve-commit/Python twin",
     } <= cases
     assert {"offload/suspend", "offload/write-through", "offload/restore"} <= cases
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_that_nothing_was_packed():
+    result = CliRunner().invoke(main, ["bench", "offload", "--case", "offload/pack/*"])
+    assert result.exit_code == 2 and "not run: offload/pack: there is no CUDA device" in result.stderr
 
 
 @pytest.mark.timeout(110)

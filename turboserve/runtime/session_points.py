@@ -16,7 +16,7 @@ gives back what it took and leaves that one in place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,19 +26,17 @@ import torch
 
 from turboserve.errors import CorruptState, InvalidRequest, NotFound
 from turboserve.model.interface import Control, SessionTensors, Update
-from turboserve.runtime.arena import Arena, ExtentId
-from turboserve.runtime.copy_engine import Copy, CopyEngine, copy_now, join_pieces
+from turboserve.runtime.arena import ExtentId
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.recovery_store import PageRef, RecoveryPoint, RecoveryStore
 from turboserve.runtime.session_tensors import HeldSession
-from turboserve.runtime.snapshot import SnapshotShape, field_pieces, tensor_addresses, view_addresses
+from turboserve.runtime.snapshot import SnapshotShape, field_pieces, view_addresses
+from turboserve.runtime.state_copies import Copies, HostCopies
 from turboserve.runtime.worker_events import FinishedChunk
 
 log = logging.getLogger(__name__)
 
 READ_ATTEMPTS = 3
-COPY_TIMEOUT_S = 60.0
-RunCopies = Callable[[Sequence[Copy]], None]
 _PAGE, _PROMPT, _FRAMES = "page", "prompt", "frames"
 
 
@@ -101,10 +99,10 @@ class Restored:
 class SessionPoints:
     """Writes and reads the recovery points of one worker's sessions. For the thread that owns the device."""
 
-    def __init__(self, store: RecoveryStore, shape: SnapshotShape, copy: RunCopies = copy_now) -> None:
-        """`copy` runs a list of copies between tensors and the arena; `copies_for` makes the device's."""
+    def __init__(self, store: RecoveryStore, shape: SnapshotShape, copies: Copies | None = None) -> None:
+        """`copies` moves bytes between tensors and the arena (state_copies.py); default: the CPU's."""
         self._store = store
-        self._copy = copy
+        self._copies = copies or HostCopies()
         self._shape = shape
         self._identity = PointIdentity(shape.spec.model_hash, shape.layout_hash, shape.numerics_id)
         self._prompted = [one for one in shape.tail_fields if one.update is Update.PER_PROMPT]
@@ -171,18 +169,18 @@ class SessionPoints:
 
     def _commit_point(self, session: HeldSession, epoch: int, pages: list[PageRef]) -> RecoveryPoint:
         state = session.state
-        tail = tensor_addresses(field_pieces(self._tail, state.tensors))
+        tail = field_pieces(self._tail, state.tensors)
+        tail_bytes = sum(one.numel() for one in tail)
         pending = self._store.begin_point(
             state.session_id,
             epoch,
             state.next_chunk_index,
             pages=pages,
-            tail_bytes=sum(bytes_ for _, bytes_ in tail),
+            tail_bytes=tail_bytes,
             meta=self._meta(session),
         )
         try:
-            room = pending.reservation.addresses(pending.tail_offset, sum(bytes_ for _, bytes_ in tail))
-            self._copy(join_pieces(room, tail))
+            self._copies.to_host(tail, pending.reservation.addresses(pending.tail_offset, tail_bytes))
             return pending.commit(bytes.fromhex(session.digest))
         except BaseException:
             pending.cancel()
@@ -197,11 +195,10 @@ class SessionPoints:
         return self._put(state, epoch, _PROMPT, state.next_chunk_index, pieces)
 
     def _put(self, state: SessionTensors, epoch: int, key: str, chunk: int, pieces: list[torch.Tensor]) -> PageRef:
-        sources = tensor_addresses(pieces)
-        bytes_ = sum(count for _, count in sources)
+        bytes_ = sum(one.numel() for one in pieces)
         pending = self._store.begin_page(state.session_id, epoch, key, bytes_, chunk=chunk)
         try:
-            self._copy(join_pieces(pending.reservation.addresses(), sources))
+            self._copies.to_host(pieces, pending.reservation.addresses())
             return pending.commit()
         except BaseException:
             pending.cancel()
@@ -303,8 +300,7 @@ class SessionPoints:
             else:
                 frames[ref.chunk] = self._bytes(ref)
                 written.frames[ref.chunk] = ref
-        tail = view_addresses(self._store.read_tail(point))
-        self._copy(_joined(tensor_addresses(field_pieces(self._tail, state.tensors)), tail))
+        self._bring(self._store.read_tail(point), field_pieces(self._tail, state.tensors))
         if self._store.arena.get(point.extent.id) is None:
             raise NotFound("the point was dropped")
         state.next_chunk_index = point.chunk
@@ -327,32 +323,16 @@ class SessionPoints:
 
     def _load(self, pieces: list[torch.Tensor], ref: PageRef) -> None:
         """Into tensors, of an extent that was still there afterwards."""
-        sources = view_addresses(self._store.read_page(ref, verify=False))
-        self._copy(_joined(tensor_addresses(pieces), sources))
+        self._bring(self._store.read_page(ref, verify=False), pieces)
         if self._store.arena.get(ref.extent) is None:
             raise NotFound(f"page {ref.key} was dropped")
 
-
-def copies_for(device: torch.device, arena: Arena) -> RunCopies:
-    """How copies between a device's tensors and the arena are run: in this thread on a CPU; on CUDA by the copy engine
-    from and to the page-locked arena, after what is on the current stream."""
-    if device.type == "cpu":
-        return copy_now
-    arena.pin()
-    engine = CopyEngine(str(device))
-
-    def run(copies: Sequence[Copy]) -> None:
-        engine.submit(copies, after_stream=torch.cuda.current_stream(device).cuda_stream).wait(COPY_TIMEOUT_S)
-
-    return run
-
-
-def _joined(targets: list[tuple[int, int]], sources: list[tuple[int, int]]) -> list[Copy]:
-    """CorruptState when a point's bytes are too few or too many for the tensors."""
-    try:
-        return join_pieces(targets, sources)
-    except InvalidRequest as error:
-        raise CorruptState(f"a recovery point of another size: {error}") from None
+    def _bring(self, views: list[memoryview], pieces: list[torch.Tensor]) -> None:
+        """CorruptState when a point's bytes are too few or too many for the tensors."""
+        try:
+            self._copies.to_device(view_addresses(views), pieces)
+        except InvalidRequest as error:
+            raise CorruptState(f"a recovery point of another size: {error}") from None
 
 
 def _shape4(frames: np.ndarray) -> tuple[int, int, int, int]:

@@ -124,6 +124,9 @@ class Carrier(Protocol):
 
     async def pull(self, link: Link, targets: Sequence[Pieces]) -> None: ...
 
+    def checksum(self, pieces: Pieces) -> int:
+        """What both ends compare; carriers of one name compute the same number."""
+
 
 def host_bytes(piece: Any) -> memoryview:
     """A piece's bytes in host memory: where they lie, or a copy of what lies on a device."""
@@ -144,7 +147,8 @@ def _torch() -> Any:
     return torch
 
 
-def _checksum(pieces: Pieces) -> int:
+def host_checksum(pieces: Pieces) -> int:
+    """The arena's checksum; bytes on a device are copied into host memory for it."""
     return checksum64(map(host_bytes, pieces))
 
 
@@ -181,6 +185,8 @@ class InlineCarrier:
                     _put(target, chunk[filled : filled + len(target)])
                     filled += len(target)
                 at += filled
+
+    checksum = staticmethod(host_checksum)
 
 
 @dataclass(slots=True)
@@ -232,6 +238,8 @@ class ArenaCarrier:
 
     async def pull(self, link: Link, targets: Sequence[Pieces]) -> None:
         return None
+
+    checksum = staticmethod(host_checksum)
 
 
 class Transport:
@@ -293,7 +301,7 @@ class Transport:
             else:
                 needed = [_pieces(buffer) for index, buffer in enumerate(buffers) if index not in skipped]
                 await self.carrier.push(self.link, needed)
-                checksums = [_checksum(pieces) for pieces in needed]
+                checksums = [self.carrier.checksum(pieces) for pieces in needed]
             await self._say(_End(checksums))
             verdict = await self._hear(_Done, _Failed)
             if isinstance(verdict, _Failed):
@@ -322,7 +330,7 @@ class Transport:
             await self.carrier.pull(self.link, [one for one in buffers if one is not None])
         end = await self._hear(_End)
         assert isinstance(end, _End)
-        found = [_checksum(one) for one in buffers if one is not None]
+        found = [self.carrier.checksum(one) for one in buffers if one is not None]
         if found != end.checksums:
             wrong = [i for i, (ours, theirs) in enumerate(zip(found, end.checksums, strict=False)) if ours != theirs]
             await self._say(_Failed(f"buffers {wrong} of {len(found)}"))

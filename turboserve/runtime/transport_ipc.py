@@ -9,6 +9,7 @@ It has not been run: no GPU was at hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,7 +17,10 @@ import torch
 
 from turboserve.errors import ConfigError, ProtocolError
 from turboserve.runtime.arena import Extent
+from turboserve.runtime.device_checksum import device_checksum
+from turboserve.runtime.packing import state_kernels
 from turboserve.runtime.transport import Buffer, Link, Pieces
+from turboserve.runtime.transport_group import pack
 
 _COPIED = b"copied"
 _Handle = tuple[int, bytes, int, int, bytes, int, bytes, bool]
@@ -37,6 +41,13 @@ class CudaIpcCarrier:
 
     def extents(self, buffers: Sequence[Buffer]) -> tuple[Sequence[Extent], Callable[[], None]]:
         return (), lambda: None
+
+    def checksum(self, pieces: Pieces) -> int:
+        """By the kernel, where the bytes lie."""
+        device = pieces[0].device if pieces else torch.device("cuda")
+        kernels = state_kernels(device)
+        assert kernels is not None
+        return device_checksum(pieces, partial(pack, kernels=kernels), kernels, device)
 
     async def push(self, link: Link, buffers: Sequence[Pieces]) -> None:
         pieces = [piece for buffer in buffers for piece in buffer if len(piece)]

@@ -63,16 +63,20 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     from turboserve.runtime.numerics import check_numerics, set_up_determinism
     from turboserve.runtime.paced import PacedModel, read_profile
     from turboserve.runtime.recovery_store import RecoveryStore
-    from turboserve.runtime.session_points import SessionPoints, copies_for
+    from turboserve.runtime.session_points import SessionPoints
     from turboserve.runtime.snapshot import SnapshotShape
+    from turboserve.runtime.state_copies import copies_for, staging_bytes
 
     started_s = time.monotonic()
     set_up_determinism(torch.device(config.device))
     model = load_model(config)
     layout = model.state_layout()
     slots = config.slots
+    staging = 0
     if model.device.type == "cuda":
-        slots = slots_within(slots, state_bytes(layout, Tier.DEVICE), *torch.cuda.mem_get_info(model.device))
+        staging = staging_bytes(config.pack_below_bytes) if config.arena_fd >= 0 else 0
+        free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
+        slots = slots_within(slots, state_bytes(layout, Tier.DEVICE), free_bytes - staging, total_bytes)
         if slots < config.slots:
             log.warning("fewer slots than asked for fit the device", asked=config.slots, slots=slots)
     pool = KvPool(layout, slots, model.device)
@@ -101,6 +105,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         slots=slots,
         session_bytes=state_bytes(layout),
         device_bytes=pool.total_bytes(Tier.DEVICE),
+        staging_bytes=staging,
         pass_base_ms=round(1e3 * cost.base_s, 3),
         token_us=round(1e6 * cost.fitted_token_s, 2),
         measured_ms={count: round(1e3 * seconds, 2) for count, seconds in cost.table_s()},
@@ -137,7 +142,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     if config.arena_fd >= 0:
         arena = Arena.map(config.arena_fd, partition=config.arena_partition, owner_epoch=config.worker_epoch)
         shape = SnapshotShape(model.spec, layout, numerics.numerics_id)
-        points = SessionPoints(RecoveryStore(arena), shape, copies_for(model.device, arena))
+        points = SessionPoints(RecoveryStore(arena), shape, copies_for(model.device, arena, config.pack_below_bytes))
     every = config.recovery_every_chunks or model.spec.recovery_every_chunks
     beside = None
     if points is not None and model.device.type == "cuda":

@@ -121,6 +121,9 @@ def test_any_pieces_to_any_host_memory_and_back_as_plain_copies(engine, runs, ga
 def test_the_kernels_run_where_they_pay_and_in_batches_of_the_staging(engine):
     counting = Counting()
     moved = copies(engine, counting)
+    moved.warm_up()
+    assert (counting.gathers, counting.scatters) == (1, 1)
+    counting.gathers = counting.scatters = 0
     sizes = [240] * 44 + [2048] * 10 + [100] * 10 + [64] * (PACK_COUNT_MIN - 1)
     pieces = pieces_of(sizes, 16)
     memory, places = host_of(sum(sizes), [])

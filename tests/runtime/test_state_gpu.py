@@ -70,7 +70,7 @@ def test_small_pieces_are_packed_on_their_way_to_the_arena_and_scattered_home():
         memory, back = (torch.zeros(32 << 20, dtype=torch.uint8, device=device) for _ in range(2))
 
         def pieces(whole: torch.Tensor) -> list[torch.Tensor]:
-            small = list(whole[: 24 << 20].view(800, 2, -1)[:790, 0, :15_712])
+            small = list(whole[: 24 << 20].view(768, 2, -1)[:760, 0, :15_712])
             return [*small, whole[24 << 20 : 30 << 20], *whole[30 << 20 :].view(64, -1)[:, 8:30_008]]
 
         reservation = arena.reserve(A, 1, sum(map(len, pieces(memory))))

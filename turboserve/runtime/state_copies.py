@@ -112,6 +112,14 @@ class DeviceCopies:
         )
         self._device = self._out.stages[0].device if count else device  # with its index, to compare tensors' with
 
+    def warm_up(self) -> None:
+        """Compile the kernels now, so that no session waits for it."""
+        if self._kernels is not None and self._below_bytes:
+            stage = self._home.stages[0]
+            pieces = list(stage[1024:2048].view(16, 64))
+            gather_pieces(self._kernels, pieces, stage[:1024])
+            scatter_pieces(self._kernels, stage[:1024], pieces)
+
     def to_host(self, tensors: Sequence[Tensor], host: Places) -> None:
         batches, others = self._plan(tensors, host)
         with self._out.lock, on_device(self._device):
@@ -202,4 +210,6 @@ def copies_for(device: torch.device, arena: Arena, pack_below_bytes: int) -> Cop
         return HostCopies()
     arena.pin()
     kernels = state_kernels(device) if pack_below_bytes else None
-    return DeviceCopies(CopyEngine(str(device)), device, kernels, pack_below_bytes=pack_below_bytes)
+    copies = DeviceCopies(CopyEngine(str(device)), device, kernels, pack_below_bytes=pack_below_bytes)
+    copies.warm_up()
+    return copies

@@ -6,6 +6,7 @@ PYTHON=${PYTHON_BIN:-.venv/bin/python}
 OUT=${OUT:-bench/results/}
 LIMIT_S=${LIMIT_S:-480}
 unset TRITON_INTERPRET
+export TURBOSERVE_ON_GPU=1 # tests/conftest.py turns the interpreter on elsewhere
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "make gpu needs an NVIDIA GPU that torch can use; here is none. Nothing was tested or measured." >&2

@@ -1,12 +1,18 @@
-"""Fixtures for tests that need the whole server."""
+"""Fixtures for tests that need the whole server; Triton's interpreter for all tests but those on a GPU."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 from real_server import RunningServer, start_server
+
+# Before the first test of any folder imports Triton: what was imported without it stays compiled for the whole run.
+# scripts/gpu.sh says otherwise.
+if "TURBOSERVE_ON_GPU" not in os.environ:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

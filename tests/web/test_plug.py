@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.request
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from .browser import PATIENCE_S
 from .conftest import OpenPage, Server, serving
@@ -72,10 +74,7 @@ def move_and_suspend_for_real(page: Page, server: Server) -> None:
         if all(one["state"] == "ready" for one in cluster(server)["workers"]) and len(cluster(server)["workers"]) == 2:
             break
         ops.wait_for_timeout(500)
-    (row,) = (one for one in cluster(server)["session_list"] if one["id"] == sid)
-    other = next(one["id"] for one in cluster(server)["workers"] if one["id"] != row["worker"])
-    ops.wait_for_selector(f"[data-lane='{other}'][data-state=ready]", timeout=WAIT_MS)
-    ops.drag_and_drop(f"[data-session='{sid}']", f"[data-lane='{other}'] h3")
+    other = drag_to_the_other_worker(ops, server, sid)
     ops.click("#confirm-yes")
     ops.wait_for_selector(f"[data-lane='{other}'] [data-session='{sid}']", timeout=WAIT_MS)
     # Once nobody wants chunks of it, it goes to host memory and stays there.
@@ -87,6 +86,21 @@ def move_and_suspend_for_real(page: Page, server: Server) -> None:
     post(server, f"v1/sessions/{sid}/resume")
     ops.wait_for_selector(f"[data-kind=worker] [data-session='{sid}']", timeout=WAIT_MS)
     ops.close()
+
+
+def drag_to_the_other_worker(ops: Page, server: Server, sid: str) -> str:
+    """Drag the session's chip; returns the worker it was dropped on, with the question open. Once more when the
+    scheduler moved the session at that very moment: a worker has just come back."""
+    for _ in range(5):
+        (row,) = (one for one in cluster(server)["session_list"] if one["id"] == sid)
+        other = next(str(one["id"]) for one in cluster(server)["workers"] if one["id"] != row["worker"])
+        ops.wait_for_selector(f"[data-lane='{other}'][data-state=ready]", timeout=WAIT_MS)
+        ops.wait_for_selector(f"[data-lane='{row['worker']}'] [data-session='{sid}']", timeout=WAIT_MS)
+        ops.drag_and_drop(f"[data-session='{sid}']", f"[data-lane='{other}'] h3")
+        with contextlib.suppress(PlaywrightTimeout):
+            ops.wait_for_selector("#confirm-yes", timeout=3000)
+            return other
+    raise AssertionError(f"dragging {sid} opened no question")
 
 
 def post(server: Server, path: str) -> None:

@@ -17,6 +17,7 @@ BENCHES: dict[str, str] = {
     "kernels": "The kernels: how fast on this device; what they compile to, without one.",
     "migrate": "Session state between two processes: arena and socket, against gloo.",
     "offload": "Session state into host memory and back, against plain copies.",
+    "report": "Tables and plots of the rows in a results folder.",
     "scheduler-loops": "The scheduler's numba loops, against plain Python.",
     "page": "What a viewer of the page gets, in Chromium.",
     "wan": "The causal Wan transformer: passes and chunks of many sessions.",
@@ -36,7 +37,8 @@ class BenchGroup(click.Group):
         # Imported here, because the root imports this module while it is itself being imported by nobody else.
         from turboserve.cli.main import with_shared_options
 
-        module = importlib.import_module(f"turboserve.bench.{name.replace('-', '_')}")
+        file = "results_report" if name == "report" else name.replace("-", "_")
+        module = importlib.import_module(f"turboserve.bench.{file}")
         return with_shared_options(module.command)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:

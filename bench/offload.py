@@ -25,7 +25,7 @@ from turboserve.bench import timing
 from turboserve.bench.command import bench_command
 from turboserve.bench.offload_pack import pack_times
 from turboserve.bench.report import Row, cpu_name, make_row, versions
-from turboserve.model.interface import ChunkRequest, Control
+from turboserve.model.interface import ChunkRequest, Control, SessionTensors
 from turboserve.model.shapes.model import ShapesModel
 from turboserve.runtime import native
 from turboserve.runtime.arena import Arena, create_arena
@@ -34,9 +34,10 @@ from turboserve.runtime.copy_engine import CopyEngine, join_pieces
 from turboserve.runtime.engine import Engine
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.packing import ExtentKernels, state_kernels
-from turboserve.runtime.recovery_store import RecoveryStore
+from turboserve.runtime.recovery_store import RecoveryPoint, RecoveryStore
+from turboserve.runtime.session_points import SessionPoints
 from turboserve.runtime.session_tensors import HeldSession
-from turboserve.runtime.snapshot import SessionWriter, SnapshotShape, restore, tensor_addresses
+from turboserve.runtime.snapshot import SnapshotShape, tensor_addresses
 
 SESSION = "a" * 26
 TWINS = ["python", *(["native"] if native.IMPLEMENTATION == "native" else [])]
@@ -226,36 +227,42 @@ def point_rows(rounds: int) -> Iterator[Row]:
         arena = stack.enter_context(Arena.map(fd, partition=0, owner_epoch=1))
         arena.touch()
         store = RecoveryStore(arena)
-        running = SessionWriter(store, shape, session, 2)
-        running.write_point()
+        session.kept.clear()  # safetensors saves no frames either
+        running = SessionPoints(store, shape)
+
+        def write(points: SessionPoints, epoch: int) -> RecoveryPoint:
+            session.saved = False
+            return points.write(session, epoch)
 
         def suspend() -> None:
-            SessionWriter(store, shape, session, 1).write_point()
+            write(SessionPoints(store, shape), 1)
 
         def write_through() -> None:
-            newest = max(running._pages)
-            del running._pages[newest]
-            running.write_point()
+            pages = running._written[SESSION].pages
+            ended = pages.pop(max(pages))
+            write(running, 2)
+            arena.free(ended.extent)  # as the page that leaves the window is
 
-        point = running.write_point()
+        def read_into(pool: KvPool) -> SessionTensors:
+            slot = pool.acquire(SESSION)
+            state = SessionTensors(session_id=SESSION, seed=7, slot=slot, tensors=pool.tensors(SESSION))
+            assert running.read(state, {}) is not None
+            return state
+
         target = KvPool(model.state_layout(), 1)
 
-        def bring_back() -> HeldSession:
-            held = restore(store, shape, point, target)
+        def bring_back() -> None:
+            read_into(target)
             target.release(SESSION)
-            return held
 
-        target_check = KvPool(model.state_layout(), 1)
-        back = restore(store, shape, point, target_check)
+        point = write(running, 2)
+        back = read_into(KvPool(model.state_layout(), 1))
         error = max(
-            timing.max_rel_err(back.state.tensors[one.name].numpy(), session.state.tensors[one.name].numpy())
+            timing.max_rel_err(back.tensors[one.name].numpy(), session.state.tensors[one.name].numpy())
             for one in shape.tail_fields
         )
-        for ref in point.pages:
-            ours, theirs = (
-                shape.page_pieces(session.state.tensors, ref.chunk),
-                shape.page_pieces(back.state.tensors, ref.chunk),
-            )
+        for chunk in shape.page_chunks(point.chunk):
+            ours, theirs = (shape.page_pieces(one.tensors, chunk) for one in (session.state, back))
             error = max(error, timing.max_rel_err(torch.cat(theirs).numpy(), torch.cat(ours).numpy()))
         packed = save_tensors(tensors)
 
@@ -274,13 +281,12 @@ def point_rows(rounds: int) -> Iterator[Row]:
             "memcpy whole": timing.memory_copy(whole),
             "memcpy page": timing.memory_copy(page),
         }
-        # `suspend` ends the running writer's pages, so each contender is measured by itself.
+        # `suspend` ends the pages that `running` knows, so each contender is measured by itself.
         times: dict[str, timing.Timing] = {}
         for names in (["suspend", "save", "memcpy whole"], ["write-through", "memcpy page"], ["restore", "load"]):
             if "suspend" not in names:
                 store.drop(SESSION)
-                running = SessionWriter(store, shape, session, 3)
-                point = running.write_point()
+                write(running, 3)
             times |= timing.alternate({name: ways[name] for name in names}, rounds=rounds)
         for case, bytes_, floor, baseline, name in (
             ("suspend", whole, "memcpy whole", "save", "safetensors save of the same tensors"),

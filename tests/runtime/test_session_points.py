@@ -11,10 +11,13 @@ from engine_harness import alone, prompt_of, request_of
 from point_harness import SLAB_BYTES, Node, run
 from tiny_model import TinyModel, session_id
 
-from turboserve.errors import ArenaFull, NotOffered, PoolExhausted, SessionPoisoned
+from turboserve.errors import ArenaFull, Conflict, NotOffered, PoolExhausted, SessionPoisoned
 from turboserve.model.interface import ChunkRequest, Control, PromptSwitch
+from turboserve.runtime.copy_engine import CopyEngine
 from turboserve.runtime.engine import Engine
 from turboserve.runtime.kv_pool import KvPool
+from turboserve.runtime.recovery_store import RecoveryStore
+from turboserve.runtime.state_copies import DeviceCopies
 from turboserve.runtime.worker_books import KEPT_CHUNKS
 from turboserve.runtime.worker_events import BrokenSession
 
@@ -112,6 +115,101 @@ def test_the_arena_holds_one_point_a_session_however_long_it_streams(node):
     assert node.committed_bytes() == 0
 
 
+def page_extents(node, name="b"):
+    """chunk -> the extent that holds its page, of the session's newest point."""
+    point = node.store.latest(session_id(name))
+    return {ref.chunk: ref.extent for ref in point.pages if ref.key.startswith("page/")}
+
+
+def test_each_page_is_written_once(node):
+    engine = node.engine(TinyModel())
+    begin(engine)
+    before = {}
+    for index in range(10):
+        chunks(engine, [index])
+        now = page_extents(node)
+        assert set(now) - set(before) <= {index}
+        assert all(before[chunk] == extent for chunk, extent in now.items() if chunk in before)
+        before = now
+
+
+def test_a_successor_goes_on_with_its_predecessors_pages(node, chain):
+    source, target = node.engine(TinyModel()), node.engine(TinyModel())
+    begin(source)
+    chunks(source, range(5))
+    source.save(session_id("b"))
+    before = page_extents(node)
+    target.restore(session_id("b"), seed_of("b"), epoch=2)
+    assert chunks(target, range(5, 6)) == chain[5:6]
+    after = page_extents(node)
+    assert set(after) - set(before) == {5} and all(before[one] == after[one] for one in after if one in before)
+    assert chunks(target, range(6, COUNT)) == chain[6:]
+    mine = node.arenas[0].find(session_id("b"))
+    ours = {one.id for one in mine if one.partition == 0}
+    sink, prompt = (
+        next(ref.extent for ref in node.store.latest(session_id("b")).pages if ref.key == key)
+        for key in ("page/0", "prompt")
+    )
+    assert ours == {sink, prompt}, "of the first worker's partition only what never changes is needed"
+
+
+def test_a_recache_writes_its_pages_anew(node):
+    source, target = node.engine(TinyModel()), node.engine(TinyModel())
+    begin(source)
+    chunks(source, range(4))
+    before = page_extents(node)
+    session = source._sessions[session_id("b")]
+    session.state.tensors["kv"][0] += 1  # what a recache does to a finished page
+    session.pages_rewritten += 1
+    session.saved = False
+    source.save(session_id("b"))
+    assert not set(page_extents(node).values()) & set(before.values())
+    target.restore(session_id("b"), seed_of("b"), epoch=2)
+    kv = target._sessions[session_id("b")].state.tensors["kv"]
+    assert kv[0].equal(session.state.tensors["kv"][0]) and kv[0].any()
+
+
+def test_no_point_in_mid_chunk(node, chain):
+    engine = node.engine(TinyModel())
+    begin(engine)
+    engine.submit(session_id("b"), request_of("b", 0), 1e9)
+    engine.run_pass()
+    with pytest.raises(Conflict, match=r"chunk 0 of session .* is in work"):
+        engine.save(session_id("b"))
+    assert [event.digest for event in run(engine)] == chain[:1]
+
+
+def test_a_point_that_lacks_a_page_is_not_gone_on_with(node):
+    """Neither one whose manifest names too few, nor one of which a page was dropped; no slot is lost."""
+    source, target = node.engine(TinyModel()), node.engine(TinyModel())
+    begin(source)
+    chunks(source, range(3))
+    point = node.store.latest(session_id("b"))
+    tail = b"".join(node.store.read_tail(point))
+    RecoveryStore(node.arenas[0]).commit_point(
+        session_id("b"), 2, 3, pages=point.pages[1:], tail=tail, digest=point.digest, meta=point.meta
+    )
+    assert target.restore(session_id("b"), seed_of("b"), epoch=3) is None
+    assert target.pool.free_count == 4
+    node.reader.free(node.store.latest(session_id("b")).extent)
+    node.reader.free(point.pages[0].extent)
+    assert target.restore(session_id("b"), seed_of("b"), epoch=3) is None
+    assert target.pool.free_count == 4
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7])
+def test_the_copies_may_run_on_an_engine(node, chain, cut):
+    """As on a GPU, but with the CPU's copy engine: the same bytes, whoever moves them."""
+    source, target = node.engine(TinyModel()), node.engine(TinyModel())
+    with CopyEngine() as copies:
+        for engine in (source, target):
+            engine.points._copies = DeviceCopies(copies, engine.pool.device, None, pack_below_bytes=0)
+        begin(source)
+        assert chunks(source, range(cut)) == chain[:cut]
+        target.restore(session_id("b"), seed_of("b"), epoch=2)
+        assert chunks(target, range(cut, COUNT)) == chain[cut:]
+
+
 def test_a_new_owner_drops_what_the_one_before_left(node, chain):
     source, target = node.engine(TinyModel()), node.engine(TinyModel())
     begin(source)
@@ -185,8 +283,10 @@ def test_a_full_arena_stops_no_stream_and_the_older_point_stays(chain):
     node.committed_bytes()
     point = node.store.latest(session_id("b"))
     assert 0 < point.chunk < COUNT
+    before = node.reader.ledger()
     with pytest.raises(ArenaFull):
         engine.save(session_id("b"))
+    assert node.reader.ledger() == before and node.store.latest(session_id("b")) == point
     other = Node.engine(node, TinyModel())
     other.restore(session_id("b"), seed_of("b"), epoch=2)
     assert chunks(other, range(point.chunk, COUNT)) == chain[point.chunk :]
@@ -243,16 +343,16 @@ def test_without_an_arena_nothing_can_leave():
         engine.save(session_id("b"))
 
 
-@pytest.mark.parametrize("cut", [1, 4, 5, 6])
-def test_shapes_moves_with_a_recache_before_or_after(deterministic, cut):
+@pytest.mark.parametrize(("cut", "switch"), [(1, 4), (4, 4), (5, 4), (6, 4), (10, 9)])
+def test_shapes_moves_with_a_recache_before_or_after(deterministic, cut, switch):
     """A recache rewrites pages of finished chunks: the points after it must have the new ones."""
     from turboserve.model.shapes.model import ShapesModel
 
     model = ShapesModel.random()
 
     def request(index: int) -> ChunkRequest:
-        prompt = "a red ball bounces" if index < 4 else "a blue square spins"
-        return ChunkRequest(index, 2, Control(prompt, 1 if index < 4 else 2), PromptSwitch.RECACHE)
+        prompt = "a red ball bounces" if index < switch else "a blue square spins"
+        return ChunkRequest(index, 2, Control(prompt, 1 if index < switch else 2), PromptSwitch.RECACHE)
 
     def stream(engine, indices):
         digests = []
@@ -266,8 +366,9 @@ def test_shapes_moves_with_a_recache_before_or_after(deterministic, cut):
     undisturbed = Engine(model, KvPool(model.state_layout(), 1))
     for engine in (undisturbed, source):
         engine.open(session_id("s"), 7, request(0).control)
-    expected = stream(undisturbed, range(9))
+    expected = stream(undisturbed, range(switch + 5))
     assert stream(source, range(cut)) == expected[:cut]
+    assert (source._sessions[session_id("s")].pages_rewritten > 0) == (cut > switch)
     target.restore(session_id("s"), 7, epoch=2)
     a, b = source._sessions[session_id("s")].state, target._sessions[session_id("s")].state
     assert (a.seed, a.control, a.next_chunk_index) == (b.seed, b.control, b.next_chunk_index)
@@ -275,7 +376,7 @@ def test_shapes_moves_with_a_recache_before_or_after(deterministic, cut):
     scratch = model.spec.slot.page_of_chunk(cut)  # what the next chunk overwrites before it reads does not move
     for page in {page for page, _ in model.spec.slot.resident_chunks(cut)} - {scratch}:
         assert a.tensors["kv_cache"][:, :, page].equal(b.tensors["kv_cache"][:, :, page])
-    assert stream(target, range(cut, 9)) == expected[cut:]
+    assert stream(target, range(cut, switch + 5)) == expected[cut:]
     node.close()
 
 

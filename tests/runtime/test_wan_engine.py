@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 
 import pytest
+from point_harness import Node
 from tiny_model import session_id
 
 from turboserve.model.interface import ChunkRequest, Control, PromptSwitch
 from turboserve.model.presets import PRESETS
 from turboserve.model.wan.model import WanModel, WanParts
 from turboserve.model.wan.tiny import tiny_parts
-from turboserve.runtime.arena import Arena, create_arena
 from turboserve.runtime.cost_model import MeasuredCost
 from turboserve.runtime.engine import Engine
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.numerics import check_numerics
-from turboserve.runtime.recovery_store import RecoveryStore
-from turboserve.runtime.snapshot import SessionWriter, SnapshotShape, restore
 from turboserve.runtime.worker_events import FinishedChunk
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -92,25 +89,20 @@ def test_sessions_in_any_order_make_what_each_makes_alone(model):
 def test_a_session_moved_through_a_recovery_point_goes_on_to_the_bit(decoder):
     """Suspend, migrate and recover all are this: a point here, a held session of it there."""
     model = make(tiny_parts(decoder))
-    shape = SnapshotShape(model.spec, model.state_layout(), "numerics")
-    fd = create_arena(64 << 20, partition_count=2, slab_bytes=1 << 16)
-    with Arena.map(fd, partition=0, owner_epoch=1) as first, Arena.map(fd, partition=1, owner_epoch=1) as second:
-        for name in "bcd":
-            expected = chain(model, name)
-            for moved_after in (1, 5):  # after the first frames, and in the middle of a blend
-                source, target = engine_for(model, 1), engine_for(model, 1)
-                source.open(session_id(name), ord(name), request(name, 0).control)
-                digests = run(source, name, 0, moved_after)
-                store = RecoveryStore(first)
-                point = SessionWriter(store, shape, source._sessions[session_id(name)], epoch=1).write_point()
-                assert point.chunk == moved_after
-                source.close(session_id(name))
-                held = restore(RecoveryStore(second), shape, point, target.pool)
-                target._sessions[session_id(name)] = held
-                digests += run(target, name, moved_after, CHUNKS - moved_after)
-                assert digests == expected, (name, moved_after)
-                store.drop(session_id(name))
-    os.close(fd)
+    for name in "bcd":
+        expected = chain(model, name)
+        for moved_after in (1, 5):  # after the first frames, and in the middle of a blend
+            node = Node(64 << 20, workers=2, slab_bytes=1 << 16)
+            source, target = node.engine(model, slots=1), node.engine(model, slots=1)
+            source.open(session_id(name), ord(name), request(name, 0).control, 1)
+            digests = run(source, name, 0, moved_after)
+            source.save(session_id(name))
+            source.close(session_id(name))
+            assert target.restore(session_id(name), ord(name), epoch=2) is not None
+            assert target.next_chunk_index(session_id(name)) == moved_after
+            digests += run(target, name, moved_after, CHUNKS - moved_after)
+            assert digests == expected, (name, moved_after)
+            node.close()
 
 
 def test_the_load_time_check_finds_equal_bits(model):

@@ -169,10 +169,12 @@ class EngineSessions:
     def save(self, session_id: str) -> int:
         """Write the session's recovery point at the boundary where it stands; its bytes.
 
-        ArenaFull, SessionPoisoned, or NotOffered on a worker without an arena; the session goes on as it was.
+        ArenaFull, SessionPoisoned, Conflict while a chunk is in work, or NotOffered on a worker without an arena; the
+        session goes on as it was.
         """
         session = self._session(session_id)
-        assert session.at_boundary
+        if session.work is not None:
+            raise Conflict(f"chunk {session.work.request.chunk_index} of session {session_id} is in work")
         if session.fault is not None:
             raise SessionPoisoned(f"session {session_id} is broken: {session.fault}")
         if self.points is None:

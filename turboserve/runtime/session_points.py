@@ -281,6 +281,10 @@ class SessionPoints:
         if found != self._identity or meta.seed != state.seed:
             log.warning("recovery point of %s is of %s, this worker is %s", point.session, found, self._identity)
             return None
+        has = tuple(ref.chunk for ref in point.pages if ref.key.startswith(_PAGE))
+        if has != (needs := self._shape.page_chunks(point.chunk)):
+            log.warning("recovery point of %s has the pages of chunks %s, it needs %s", point.session, has, needs)
+            return None
         return meta
 
     def _read(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page
 
-from turboserve.server.encode import Encoder
+from turboserve.video.encode import Encoder
 
 pytestmark = pytest.mark.browser
 

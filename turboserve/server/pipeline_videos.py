@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from turboserve.errors import InvalidRequest, NotFound, Overloaded, QuotaExceeded
-from turboserve.server.encode import Encoder
 from turboserve.session import new_session_id
+from turboserve.video.encode import Encoder
 
 STEP_WAIT_MAX_S = 5.0
 POLL_S = 0.02

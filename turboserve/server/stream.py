@@ -17,12 +17,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from turboserve.errors import Conflict, Malformed, TurboServeError
 from turboserve.server import protocol
-from turboserve.server.encode import Encoder
 from turboserve.server.gateway import Gateway
 from turboserve.server.gateway_logic import error_message
 from turboserve.server.guards import MessageGuard, Verdict
 from turboserve.server.pacing import Pace
 from turboserve.server.session_stream import SessionStream, StoredChunk
+from turboserve.video.encode import Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 from turboserve.errors import ConfigError
-from turboserve.server.encode import check_h264_size, frame_rate
+from turboserve.video.encode import check_h264_size, frame_rate
 
 SUFFIXES = (".mp4", ".mov", ".mkv")
 

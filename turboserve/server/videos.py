@@ -16,11 +16,11 @@ from typing import Any
 from turboserve.errors import NotFound, Overloaded
 from turboserve.server.auth import Identity
 from turboserve.server.catalogue import Catalogue, Choice
-from turboserve.server.encode import Encoder
 from turboserve.server.gateway import Gateway
 from turboserve.server.gateway_logic import NewSession
 from turboserve.server.pacing import Pace
 from turboserve.server.session_stream import SessionStream, StoredChunk
+from turboserve.video.encode import Encoder
 
 
 @dataclass(slots=True)

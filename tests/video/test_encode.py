@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from turboserve.errors import ConfigError, InvalidRequest
-from turboserve.server.encode import FORMATS, Encoder
-from turboserve.server.fmp4 import nal_type, nal_units
 from turboserve.server.video_file import VideoFile
+from turboserve.video.encode import FORMATS, Encoder
+from turboserve.video.fmp4 import nal_type, nal_units
 
 
 def moving_picture(count: int, width: int = 96, height: int = 96, first: int = 0) -> np.ndarray:

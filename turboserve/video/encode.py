@@ -17,7 +17,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorRange
 
 from turboserve.errors import InvalidRequest
-from turboserve.server.fmp4 import SEI, FragmentedMp4, codec_string, nal_type, nal_units, parameter_sets
+from turboserve.video.fmp4 import SEI, FragmentedMp4, codec_string, nal_type, nal_units, parameter_sets
 
 FORMATS = ("h264", "jpeg", "mp4", "raw")
 

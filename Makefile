@@ -17,7 +17,8 @@ SEEDS ?= 1000
 FAULTS ?= 100
 JOBS ?= $(shell nproc)
 
-.PHONY: simnet mutants soak-worker-kill soak-migrate soak-controller-kill soak-gateway-kill soak-drain help setup serve test gpu lint format bench score screenshots demo-video clean sanitize
+MINUTES ?= 20
+.PHONY: soak simnet mutants soak-worker-kill soak-migrate soak-controller-kill soak-gateway-kill soak-drain help setup serve test gpu lint format bench score screenshots demo-video clean sanitize
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +62,9 @@ simnet: .venv/.dev  ## the real protocol code under a seeded network with faults
 
 soak-worker-kill soak-migrate soak-controller-kill soak-gateway-kill soak-drain: soak-%: .venv/.dev  # real processes, FAULTS faults
 	@$(BIN)/python tests/reliability/faults.py $* --count $(FAULTS) --out bench/results/reliability.$*.json $(ARGS)
+
+soak: .venv/.dev  ## every fault at random, MINUTES long (1440: a day and a night), the arena's ledger read after each
+	@$(BIN)/python tests/reliability/soak.py --minutes $(MINUTES) --out bench/results/reliability.soak.json $(ARGS)
 
 mutants: .venv/.dev  ## deliberate bugs in the protocol code: each must be caught within SEEDS schedules
 	@$(BIN)/python tests/simnet/simnet.py --mutants --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)

@@ -17,6 +17,16 @@ import websockets
 RECONNECT_S = 0.1
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What of a session a run without faults is held against."""
+
+    sid: str
+    seed: int
+    prompt: str
+    digests: list[str]
+
+
 @dataclass
 class FaultViewer:
     """One session's viewer. While `on` it plays live; else it is paused and attached."""
@@ -44,6 +54,10 @@ class FaultViewer:
     @property
     def sid(self) -> str:
         return str(self.opened["id"])
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(self.sid, self.opened["seed"], self.prompt, self.digests)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
@@ -146,16 +160,16 @@ async def open_viewer(http: httpx.AsyncClient, url: str, number: int, chunk_s: f
     return FaultViewer(url, answer.json(), prompt, chunk_s / rate)
 
 
-def undisturbed(viewer: FaultViewer) -> list[str]:
+def undisturbed_chain(seen: Seen) -> list[str]:
     """The digests that the session's inputs give in one engine that nothing happens to."""
     from turboserve.card import CardInput, StepsRun
     from turboserve.cli import _making as making
     from turboserve.model.registry import load_spec
 
     spec = load_spec("shapes")
-    inputs, steps = (CardInput(0, viewer.prompt, 1),), (StepsRun(0, spec.denoise_steps),)
-    requests = making.requests(inputs, steps, viewer.next_index, "swap")
-    return [chunk.digest for chunk in _solo().stream(viewer.opened["seed"], requests)]
+    inputs, steps = (CardInput(0, seen.prompt, 1),), (StepsRun(0, spec.denoise_steps),)
+    requests = making.requests(inputs, steps, len(seen.digests), "swap")
+    return [chunk.digest for chunk in _solo().stream(seen.seed, requests)]
 
 
 _loaded: list[Any] = []

@@ -27,7 +27,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import httpx  # noqa: E402
-from fault_viewers import FaultViewer, open_viewer, undisturbed  # noqa: E402
+from fault_viewers import FaultViewer, open_viewer, undisturbed_chain  # noqa: E402
 from real_server import RunningServer, start_server  # noqa: E402
 
 SESSIONS = 12
@@ -162,6 +162,7 @@ class Run:
     async def drain(self) -> None:
         workers = await self.ready_workers()
         victim = self.rng.choice(workers)
+        said = len(self.server.log_text())
         answer = await self.http.post("/v1/admin/workers", json={"add": 1})
         assert answer.status_code == 200, answer.text
         answer = await self.http.post(f"/v1/admin/workers/{victim['id']}/drain")
@@ -171,7 +172,7 @@ class Run:
             assert time.monotonic() - began_s < 80, f"{victim['id']} does not end"
             await asyncio.sleep(0.05)
         self.extra.append({"drain_s": round(time.monotonic() - began_s, 3)})
-        log = self.server.log_text()
+        log = self.server.log_text()[said:]
         assert '"process died"' not in log, "a drained worker ended with an error"
 
     # ------------------------------------------------------------------ a run
@@ -191,6 +192,7 @@ class Run:
             self.events.append((began_s, time.monotonic()))
             await self.take_turns()
             await self.settle(chunks=1)
+            await self.ledger()
             if (number + 1) % 10 == 0:
                 print(f"{number + 1} of {count}", file=sys.stderr, flush=True)
 
@@ -223,6 +225,7 @@ class Run:
             "pause_chunk_times": quantiles([one / self.chunk_s for one in pauses]),
             "stalls_two_chunk_buffer": sum(one.stalls() for one in self.viewers),
             "server_pauses": await self._server_pauses(),
+            "ledger_after": await self.empty_ledger(),
             "extra": summary(self.extra),
         }
 
@@ -235,6 +238,28 @@ class Run:
             found.append(max(0.0, max(gaps, default=0.0) - self.chunk_s))
         return found
 
+    async def ledger(self) -> dict[str, int]:
+        """The arena's books, which must be exact at every look: free + reserved + committed == total."""
+        until_s = time.monotonic() + 20
+        while not (found := (await self.cluster()).get("storage")):  # a controller that has just started counts first
+            assert time.monotonic() < until_s, "the controller tells nothing of the arena"
+            await asyncio.sleep(0.2)
+        held = found["arena_free_bytes"] + found["arena_reserved_bytes"] + found["arena_committed_bytes"]
+        left = found["arena_total_bytes"] - held
+        assert left == 0, f"the arena's ledger is off by {left} bytes: {found}"
+        return dict(found)
+
+    async def empty_ledger(self) -> dict[str, int]:
+        """After the last close not a byte is held in the arena or on disk. What a killed process left is swept by the
+        controller every ten seconds."""
+        until_s = time.monotonic() + 40
+        while True:
+            found = await self.ledger()
+            if not any(found[f"{one}_bytes"] for one in ("arena_reserved", "arena_committed", "disk_used")):
+                return found
+            assert time.monotonic() < until_s, f"after the last close: {found}"
+            await asyncio.sleep(0.5)
+
     async def _server_pauses(self) -> dict[str, float]:
         """The gateway's own histogram; a killed gateway begins it anew."""
         found = {}
@@ -246,7 +271,7 @@ class Run:
 
     def check(self) -> list[str]:
         """Sessions whose digests are not those of the undisturbed run."""
-        return [one.sid for one in self.viewers if undisturbed(one) != one.digests]
+        return [one.sid for one in self.viewers if undisturbed_chain(one.seen) != one.digests]
 
 
 def alive(pid: int) -> bool:

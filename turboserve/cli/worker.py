@@ -27,6 +27,11 @@ from turboserve.errors import ConfigError
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--capacity", default=8, type=click.IntRange(1, 1024), help="Active sessions the worker is given.")
 @click.option("--slots", default=32, type=click.IntRange(1, 4096), help="Sessions it holds in memory.")
+@click.option(
+    "--arena-bytes",
+    type=click.IntRange(min=0),
+    help="Shared memory for recovery points; 0 for none.  [default: a sixteenth of the memory, at most 1 GiB]",
+)
 @click.option("--paced-profile", type=click.Path(exists=True, dir_okay=False), help="Pad passes to this profile.")
 @click.option("--shutdown-timeout", default=10.0, type=click.FloatRange(min=0), help="Seconds that a stop may take.")
 @click.option("--log-format", default="auto", type=click.Choice(["auto", "console", "json"]))
@@ -35,8 +40,9 @@ def command(**options: Any) -> None:
     """Join a running server as a worker on this machine. Ctrl-C or SIGTERM asks to be drained; a second one ends it.
 
     Both sides prove that they hold the server's token before anything else is said. Frames go over the network
-    unencoded, so the link should carry a few MB/s for each active session. The worker leaves no recovery points: when
-    it dies, its sessions are made again from the input log.
+    unencoded, so the link should carry a few MB/s for each active session. Recovery points lie in the worker's own
+    memory: sessions come and go with them, over one more port of the advertised address; when the worker dies they go
+    with it, and its sessions are made again from the input log.
     """
     from turboserve.cli.serve import _device
     from turboserve.model.registry import resolve
@@ -44,6 +50,7 @@ def command(**options: Any) -> None:
     from turboserve.runtime.launcher import child_environment
     from turboserve.runtime.worker import run_worker
     from turboserve.runtime.worker_config import WorkerConfig
+    from turboserve.server.fleet import make_arena
 
     host, port = address(options["controller"])
     log_format = options["log_format"]
@@ -63,6 +70,7 @@ def command(**options: Any) -> None:
         capacity=options["capacity"],
         joined=True,
         advertise=options["advertise"],
+        arena_fd=make_arena(options["arena_bytes"], name=worker_id, partition_count=1),
         paced_profile=options["paced_profile"] or "",
         shutdown_timeout_s=options["shutdown_timeout"],
         log_format=("console" if sys.stderr.isatty() else "json") if log_format == "auto" else log_format,

@@ -80,6 +80,9 @@ class Channel:
         self._received = 0
         name = writer.get_extra_info("peername")
         self.peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name)
+        own = writer.get_extra_info("sockname")
+        self.own_host = str(own[0]) if isinstance(own, tuple) else str(own)
+        """The address of this machine that the peer sees."""
 
     def send(self, message: messages.Message) -> None:
         """Queue one message. Overloaded when the peer has not read SEND_BUFFER_BYTES_MAX of earlier ones."""

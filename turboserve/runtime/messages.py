@@ -23,6 +23,8 @@ from turboserve.errors import ProtocolError
 
 PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 20
+POINTS_TOLD_MAX = 8192
+"""Sessions in one PointsHeld: they fit in a message whatever their sizes."""
 PART_BYTES = 512 << 10
 """Most bytes of frames in one FramePart."""
 
@@ -67,6 +69,10 @@ class WorkerHello(Message, frozen=True, kw_only=True):
     worker joined from elsewhere, and its frames come over its data channel (FramePart)."""
     address: ShortText = ""
     """Under which the node of a worker that joined is reached by others (`--advertise`)."""
+    arena_bytes: Count = 0
+    """Of the arena that its recovery points lie in, its node's; 0: it leaves none, and takes none from other nodes."""
+    own_arena: bool = False
+    """Nobody else maps that arena: it ends with this worker, which says what lies there (PointsHeld)."""
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -134,10 +140,14 @@ class SessionKept(Message, frozen=True, kw_only=True):
 
 
 class SessionPrepared(Message, frozen=True, kw_only=True):
-    """The destination has a slot for the session and has read what immutable pages there were."""
+    """The destination has a slot for the session and has read what immutable pages there were.
+
+    `address` is host:port where it awaits the session's point from another node; empty when it was not asked to.
+    """
 
     session_id: SessionId
     move_id: Count
+    address: ShortText = ""
 
 
 class PrepareRefused(Message, frozen=True, kw_only=True):
@@ -151,7 +161,8 @@ class HandedOver(Message, frozen=True, kw_only=True):
     """The source stopped at a chunk boundary and committed its last recovery point (with what is not yet accepted).
 
     It makes no chunk of the session until OpenSession(adopt) or CloseSession tells; while unsure it says this again
-    every `heartbeat_s`.
+    every `heartbeat_s`. To another node: the point has arrived there, `sent_bytes` of it after the stop, and the
+    session has stood still for `stopped_ms` when this is said first.
     """
 
     session_id: SessionId
@@ -159,6 +170,35 @@ class HandedOver(Message, frozen=True, kw_only=True):
     move_id: Count
     next_index: Count
     point_bytes: Count = 0
+    sent_bytes: Count = 0
+    stopped_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+class PointSent(Message, frozen=True, kw_only=True):
+    """The session's newest point has arrived whole at the node it was sent to. It stays here too."""
+
+    session_id: SessionId
+    move_id: Count
+    sent_bytes: Count = 0
+    """Pages that were there already are not sent."""
+
+
+class PointKept(Message, frozen=True, kw_only=True):
+    """The point could not be sent, or there is none; nobody else has anything of it."""
+
+    session_id: SessionId
+    move_id: Count
+    code: ShortText
+    message: str
+
+
+class PointsHeld(Message, frozen=True, kw_only=True):
+    """From a worker with an arena of its own, now and then: whose points lie there, and their bytes. The controller
+    cannot look there itself; it answers ForgetPoint for sessions that have ended or live elsewhere."""
+
+    worker_id: ShortText
+    worker_epoch: Count
+    sessions: Annotated[dict[SessionId, Count], msgspec.Meta(max_length=POINTS_TOLD_MAX)]
 
 
 class SessionReleased(Message, frozen=True, kw_only=True):
@@ -241,7 +281,11 @@ class SuspendSession(Message, frozen=True, kw_only=True):
 
 
 class PrepareSession(Message, frozen=True, kw_only=True):
-    """To a move's destination: take a slot, read what pages the store has. SessionPrepared or PrepareRefused."""
+    """To a move's destination: take a slot, read what pages the store has. SessionPrepared or PrepareRefused.
+
+    `awaits`: its point comes from another node; the answer says where it is awaited. Without `slot` only the point is
+    to come, for a session that nobody watches.
+    """
 
     session_id: SessionId
     move_id: Count
@@ -250,6 +294,8 @@ class PrepareSession(Message, frozen=True, kw_only=True):
     height: Count
     prompt: Prompt
     prompt_version: Count = 1
+    awaits: bool = False
+    slot: bool = True
 
 
 class DropPrepared(Message, frozen=True, kw_only=True):
@@ -259,10 +305,27 @@ class DropPrepared(Message, frozen=True, kw_only=True):
     move_id: Count
 
 
+class SendPoint(Message, frozen=True, kw_only=True):
+    """To a worker of the node where the session's point lies: send the newest one to another node, while the session
+    goes on if it does. PointSent or PointKept. `epoch` is the owner's; it is not asked of a session nobody owns."""
+
+    session_id: SessionId
+    epoch: Count
+    move_id: Count
+    target: ShortText
+    target_address: ShortText
+
+
+class ForgetPoint(Message, frozen=True, kw_only=True):
+    """To a worker with an arena of its own: the session has ended, or lives elsewhere. Ignored while it is here."""
+
+    session_id: SessionId
+
+
 class HandOver(Message, frozen=True, kw_only=True):
     """To a move's source, at the next chunk boundary: stop, commit the last recovery point. HandedOver or SessionKept.
 
-    `target_address` is host:port of the destination's transfer listener when it is on another node, else empty.
+    `target_address` is where the destination awaits the point when it is on another node, else empty.
     """
 
     session_id: SessionId
@@ -553,6 +616,9 @@ AnyMessage = (
     | SessionPrepared
     | PrepareRefused
     | HandedOver
+    | PointSent
+    | PointKept
+    | PointsHeld
     | SessionReleased
     | SessionBroken
     | WorkerLeaving
@@ -563,6 +629,8 @@ AnyMessage = (
     | SuspendSession
     | PrepareSession
     | DropPrepared
+    | SendPoint
+    | ForgetPoint
     | HandOver
     | CloseSession
     | DrainWorker

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from turboserve.errors import CorruptState, ProtocolError
+from turboserve.errors import CorruptState, NotFound, ProtocolError
 from turboserve.runtime.arena import KIND_PAGE, Extent, region
 from turboserve.runtime.recovery_store import PageRef, PendingPage, PendingPoint, RecoveryPoint, RecoveryStore
 from turboserve.runtime.transport import Offer, Pieces, Transport
@@ -57,13 +57,24 @@ def describe_point(store: RecoveryStore, point: RecoveryPoint) -> tuple[PointMan
 async def send_point(transport: Transport, store: RecoveryStore, point: RecoveryPoint, *, timeout_s: float) -> int:
     """Sends a point; the bytes that moved. It stays in this store. Errors as Transport.send."""
     manifest, buffers = describe_point(store, point)
+    # Pages never change, and their checksums are in the manifest. The tail ends with the point when its owner goes on:
+    # a copy that was made while the point was there is what the point says.
+    tail_index = len(point.pages)
+    buffers[tail_index] = [memoryview(b"".join(buffers[tail_index]))]
+    if store.arena.get(point.extent.id) is None:
+        raise NotFound(f"the point of {point.session} at chunk {point.chunk} has ended", hint="send the next one")
     skipped = await transport.send(msgspec.msgpack.encode(manifest), buffers, timeout_s=timeout_s)
     return sum(size for index, size in enumerate(manifest.sizes) if index not in skipped)
 
 
-async def receive_point(transport: Transport, store: RecoveryStore, *, timeout_s: float) -> RecoveryPoint:
-    """Receives one point into this store; committed when this returns. On any error nothing of it is left."""
-    incoming = IncomingPoint(store)
+async def receive_point(
+    transport: Transport, store: RecoveryStore, *, timeout_s: float, session: str = ""
+) -> RecoveryPoint:
+    """Receives one point into this store; committed when this returns. On any error nothing of it is left.
+
+    With `session` a point of any other one is refused.
+    """
+    incoming = IncomingPoint(store, session)
     try:
         await transport.receive(incoming.place, timeout_s=timeout_s)
         return incoming.commit()
@@ -75,8 +86,9 @@ async def receive_point(transport: Transport, store: RecoveryStore, *, timeout_s
 class IncomingPoint:
     """The memory of a point on its way in: `place` reserves all of it, then `commit`, else `cancel`."""
 
-    def __init__(self, store: RecoveryStore) -> None:
+    def __init__(self, store: RecoveryStore, session: str = "") -> None:
         self._store = store
+        self._session = session
         self._new: list[tuple[PendingPage, PageRef]] = []
         self._committed: list[PageRef] = []
         self._point: PendingPoint | None = None
@@ -90,6 +102,8 @@ class IncomingPoint:
             raise ProtocolError(f"a recovery point that does not decode: {error}") from None
         if manifest.sizes != offer.sizes:
             raise ProtocolError("a recovery point whose manifest and buffers differ in size")
+        if self._session not in ("", manifest.session):
+            raise ProtocolError(f"a recovery point of session {manifest.session[:64]}", expected=self._session)
         self._digest = manifest.digest
         known = {
             (one.meta.decode("ascii"), one.chunk, one.payload_bytes, one.checksum): one

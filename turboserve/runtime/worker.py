@@ -41,6 +41,8 @@ class Loaded:
     engine: Any
     hello: m.WorkerHello
     producer: frame_ring.FrameProducer | None
+    store: Any
+    """Where its recovery points lie; None without an arena."""
 
 
 def load_from_registry(config: WorkerConfig) -> Any:
@@ -117,6 +119,11 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     ring_fd = config.ring_fd
     if ring_fd < 0 and not config.joined:
         ring_fd = frame_ring.create(config.ring_bytes)
+    arena = None
+    if config.arena_fd >= 0:
+        arena = Arena.map(config.arena_fd, partition=config.arena_partition, owner_epoch=config.worker_epoch)
+        if config.joined:
+            log.info("recovery points have an arena of this worker's own", bytes=arena.ledger().total_bytes)
     hello = m.WorkerHello(
         worker_id=config.worker_id,
         worker_epoch=config.worker_epoch,
@@ -134,21 +141,23 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         layout_hash=layout_hash(layout),
         ring_fd=ring_fd,
         address=config.advertise,
+        arena_bytes=arena.ledger().total_bytes if arena is not None else 0,
+        own_arena=config.joined and arena is not None,
         start_s=time.monotonic() - config.born_s if config.born_s else 0.0,
         batch_latency_s=tuple(chunk_table),
     )
     producer = None if config.joined else frame_ring.attach_producer(ring_fd, worker_epoch=config.worker_epoch)
-    points = None
-    if config.arena_fd >= 0:
-        arena = Arena.map(config.arena_fd, partition=config.arena_partition, owner_epoch=config.worker_epoch)
+    store = points = None
+    if arena is not None:
+        store = RecoveryStore(arena)
         shape = SnapshotShape(model.spec, layout, numerics.numerics_id)
-        points = SessionPoints(RecoveryStore(arena), shape, copies_for(model.device, arena, config.pack_below_bytes))
+        points = SessionPoints(store, shape, copies_for(model.device, arena, config.pack_below_bytes))
     every = config.recovery_every_chunks or model.spec.recovery_every_chunks
     beside = None
     if points is not None and model.device.type == "cuda":
         beside = BackgroundPoints(points, layout, model.device)
     engine = Engine(model, pool, cost, points=points, recovery_every_chunks=every, background=beside)
-    return Loaded(engine, hello, producer)
+    return Loaded(engine, hello, producer, store)
 
 
 def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
@@ -194,6 +203,7 @@ def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
         stop=lambda code: engine_loop.put(Quit(code)),
         figures=figures,
         log=log,
+        store=loaded.store,
     )
 
     def talk() -> None:

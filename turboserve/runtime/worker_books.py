@@ -66,7 +66,85 @@ class Stop:
     code: int = 0
 
 
-Action: TypeAlias = Send | Emit | Beat | Drop | Stop | e.EngineCommand
+@dataclass(frozen=True, slots=True)
+class AwaitPoint:
+    """Take the session's point from another node when it comes; answered by PointAwaited or PointNotAwaited."""
+
+    session_id: str
+    move_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class RefusePoint:
+    """Nothing of the session is awaited any more; what is half here goes."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendPoint:
+    """Send the session's newest point to another node; answered by PointSent or PointNotSent. `ahead`: it may become
+    old meanwhile, because the session goes on. A new one takes the place of what is under way for the session."""
+
+    session_id: str
+    move_id: int
+    address: str
+    ahead: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetPoint:
+    """Drop what the arena has of a session that is not here."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TellPoints:
+    """Say PointsHeld; whoever does fills in which."""
+
+
+PointAction: TypeAlias = AwaitPoint | RefusePoint | SendPoint | ForgetPoint | TellPoints
+Action: TypeAlias = Send | Emit | Beat | Drop | Stop | PointAction | e.EngineCommand
+
+
+@dataclass(frozen=True, slots=True)
+class PointAwaited:
+    """The session's point may come to `address`."""
+
+    session_id: str
+    move_id: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class PointNotAwaited:
+    session_id: str
+    move_id: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PointSent:
+    """It has arrived whole. `sent_bytes` without what was there already."""
+
+    session_id: str
+    move_id: int
+    ahead: bool
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PointNotSent:
+    session_id: str
+    move_id: int
+    ahead: bool
+    code: str
+    message: str
+
+
+PointEvent: TypeAlias = PointAwaited | PointNotAwaited | PointSent | PointNotSent
 
 
 @dataclass(slots=True)
@@ -75,7 +153,9 @@ class Session:
     last that left, `accepted` the one after the last that the gateway holds.
 
     `since_epoch` is the epoch it was opened under: older than `epoch` when it was adopted since. What the engine says
-    of any epoch from there on is about this session. `move_id` is 0 in a stop that is a suspend.
+    of any epoch from there on is about this session. `move_id` is 0 in a stop that is a suspend. `target_address` is
+    where its point goes when it moves to another node; `stopped` and `stopped_s` say where and since when it stands
+    still while that is under way.
     """
 
     epoch: int
@@ -90,18 +170,30 @@ class Session:
     made: OrderedDict[int, e.FinishedChunk] = field(default_factory=OrderedDict)
     early: list[m.Credit] = field(default_factory=list)
     handed_over: m.HandedOver | None = None
+    target_address: str = ""
+    stopped: e.Stopped | None = None
+    stopped_s: float = 0.0
     broken: m.SessionBroken | None = None
 
 
 @dataclass(slots=True)
 class Prepared:
     """A slot held for a session that will move here, until `until_s` at the latest. `move_id` is the newest name of
-    the move, `asked_id` the one the engine knows the slot by."""
+    the move, `asked_id` the one the engine knows the slot by. Without `slot` there is only a point to come; `awaits`
+    says that one is, to `address` once that is known."""
 
     move_id: int
     asked_id: int
     until_s: float
     ready: bool = False
+    slot: bool = True
+    awaits: bool = False
+    address: str = ""
+
+    @property
+    def stands(self) -> bool:
+        """Whether all that was asked for is there."""
+        return self.ready and bool(self.address or not self.awaits)
 
 
 @dataclass(slots=True)

@@ -38,8 +38,9 @@ class WorkerConfig:
     frame ring; -1 lets the worker make its own of `ring_bytes`. `arena_fd` is the node's arena, of which partition
     `arena_partition` is this worker's; -1: sessions leave no recovery points. `recovery_every_chunks` is how often they
     do; 0 takes what the model declares. `profile_dir` is where traces of capture windows go; empty: there are none. A
-    worker that `joined` from elsewhere has neither ring nor arena nor launcher, and hears from the controller where the
-    gateway is; `advertise` is its own address for others.
+    worker that `joined` from elsewhere has neither ring nor launcher, its arena is its own, and it hears from the
+    controller where the gateway is; `advertise` is its own address for others (empty: the one it reaches the controller
+    from).
     """
 
     worker_id: str
@@ -81,8 +82,8 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.capacity <= self.slots:
             raise ConfigError(f"capacity is {self.capacity}", expected=f"1 to {self.slots}, the number of slots")
-        if self.joined and (self.ring_fd >= 0 or self.arena_fd >= 0):
-            raise ConfigError("a worker that joined shares no memory", expected="neither ring_fd nor arena_fd")
+        if self.joined and self.ring_fd >= 0:
+            raise ConfigError("a worker that joined shares no memory", expected="no ring_fd")
         if self.advertise in ("*", "::", "0.0.0.0"):
             raise ConfigError(f"advertise is {self.advertise!r}", expected="one address of this machine")
         if self.recovery_every_chunks < 0 or self.arena_partition < 0:

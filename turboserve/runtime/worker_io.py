@@ -24,12 +24,26 @@ from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.frame_parts import PartSender
-from turboserve.runtime.worker_books import CONTROLLER, GATEWAY, Action, Beat, Drop, Emit, Send, Stop
+from turboserve.runtime.point_links import PointLinks, own_address, points_held
+from turboserve.runtime.worker_books import (
+    CONTROLLER,
+    GATEWAY,
+    Action,
+    Beat,
+    Drop,
+    Emit,
+    PointAction,
+    PointEvent,
+    Send,
+    Stop,
+)
 from turboserve.runtime.worker_config import WorkerConfig
 from turboserve.runtime.worker_logic import WorkerLogic
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from turboserve.runtime.recovery_store import RecoveryStore
 
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
@@ -84,8 +98,19 @@ class WorkerIO:
         stop: Callable[[int], None],
         figures: Callable[[], Figures],
         log: Any,
+        store: RecoveryStore | None = None,
     ) -> None:
         self._config = config
+        self._points: PointLinks | None = None
+        if store is not None:
+            self._points = PointLinks(
+                store,
+                bytes.fromhex(config.token),
+                lambda: own_address(config, self._channels.get(CONTROLLER)),
+                self._on_point,
+                lambda held: self._send(CONTROLLER, points_held(config, held)),
+                log,
+            )
         self._logic = logic
         # A worker that shares no memory with the gateway sends frames over its channel.
         self._producer: FrameSink = producer or PartSender(lambda: self._channels.get(GATEWAY))
@@ -214,6 +239,9 @@ class WorkerIO:
             self._log.warning("session not opened", session=event.session_id, code=event.code, message=event.message)
         self._apply(self._logic.on_engine(event, epoch, time.monotonic()))
 
+    def _on_point(self, event: PointEvent) -> None:
+        self._apply(self._logic.on_point(event, time.monotonic()))
+
     def _apply(self, actions: Iterable[Action]) -> None:
         for action in actions:
             if isinstance(action, Send):
@@ -225,6 +253,9 @@ class WorkerIO:
             elif isinstance(action, Drop):
                 self._log.warning("dropped", peer=action.to, reason=action.reason)
                 self._close_soon(action.to)
+            elif isinstance(action, PointAction):
+                assert self._points is not None  # the logic asks nothing of the kind without an arena
+                self._points.do(action)
             elif isinstance(action, Stop):
                 self._log.info("stopping", reason=action.reason)
                 self._stop(action.code)

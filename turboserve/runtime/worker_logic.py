@@ -37,10 +37,12 @@ from turboserve.runtime.worker_books import (
     Beat,
     Drop,
     Phase,
+    RefusePoint,
     Send,
     Session,
     Stop,
 )
+from turboserve.runtime.worker_far import POINTS_TOLD_S
 from turboserve.runtime.worker_moves import PREPARED_KEEP_S, WorkerMoves, handlers
 
 
@@ -86,8 +88,8 @@ class WorkerLogic(WorkerMoves):
                 elif session.broken is not None:
                     self._tell(session.broken)
             for session_id, known in self.prepared.items():
-                if known.ready:
-                    self._tell(m.SessionPrepared(session_id=session_id, move_id=known.move_id))
+                self._tell_prepared(session_id, known)
+            self._points_due_s = now_s + POINTS_TOLD_S
             if self._leave_by_s is not None:
                 self._tell_leaving()
         else:
@@ -144,7 +146,7 @@ class WorkerLogic(WorkerMoves):
                 self._refuse_credit(credit, 0, "not_found")
             self._refuse_open(event.session_id, epoch, event.code, event.message)
         elif isinstance(event, e.Stopped):
-            self._on_stopped(event, session)
+            self._on_stopped(event, session, now_s)
             self._stop_when_left(now_s)
         else:
             self._on_stop_failed(event, session, now_s)
@@ -192,6 +194,7 @@ class WorkerLogic(WorkerMoves):
             self._unanswered_s.append(now_s)
             self._out.append(Beat())
             self._tell_handed_over()
+            self._tell_points(now_s)
         self._drop_forgotten(now_s)
         if not self._held and now_s >= self._lease_until_s:
             self._held = True
@@ -257,7 +260,8 @@ class WorkerLogic(WorkerMoves):
             return
         if held is not None:
             self._close(asked.session_id, held)
-        self.prepared.pop(asked.session_id, None)  # the engine uses the slot
+        if (known := self.prepared.pop(asked.session_id, None)) is not None and known.awaits:
+            self._out.append(RefusePoint(asked.session_id))  # what was to come is here; the engine uses the slot
         self.suspended.pop(asked.session_id, None)
         # Without a recovery point a session begins anew whatever `next_index` says: SessionOpened then names chunk 0,
         # and the gateway gives the credits of its log again. Exact, if slow.
@@ -268,7 +272,7 @@ class WorkerLogic(WorkerMoves):
     def _adopt(self, asked: m.OpenSession, held: Session) -> None:
         """A move was given up, or its controller was: what is held goes on under a newer epoch."""
         former, held.epoch = held.epoch, asked.epoch
-        held.phase, held.handed_over, held.move_id = Phase.OPENING, None, 0
+        held.phase, held.handed_over, held.stopped, held.move_id = Phase.OPENING, None, None, 0
         control = Control(asked.prompt, asked.prompt_version)
         self._out.append(
             e.Open(asked.session_id, asked.epoch, asked.seed, control, restore=asked.restore, adopt_epoch=former)

@@ -19,14 +19,14 @@ from typing import Any
 from turboserve.model.interface import ModelSpec
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
-from turboserve.runtime.worker_books import Phase, Prepared, Session
-from turboserve.runtime.worker_credits import WorkerCredits
+from turboserve.runtime.worker_books import AwaitPoint, Phase, Prepared, RefusePoint, Session
+from turboserve.runtime.worker_far import WorkerFar
 
 PREPARED_KEEP_S = 30.0
 """Longer than any move may take: the controller gives a move up at its deadline and says DropPrepared."""
 
 
-class WorkerMoves(WorkerCredits):
+class WorkerMoves(WorkerFar):
     """Stopping sessions and holding slots for those that come."""
 
     def __init__(self, hello: m.WorkerHello, spec: ModelSpec, *, prepared_keep_s: float = PREPARED_KEEP_S) -> None:
@@ -53,6 +53,9 @@ class WorkerMoves(WorkerCredits):
                 self._tell(m.SessionReleased(session_id=asked.session_id, epoch=asked.epoch))
             return
         if held.phase is Phase.HANDED_OVER and held.epoch == asked.epoch and held.handed_over is not None:
+            if asked.target_address and asked.move_id > held.move_id:
+                self._send_again(asked, held)  # to another place than the point has gone to
+                return
             # The same state under the newest name: a controller that was restarted may move it again.
             held.move_id = max(held.move_id, asked.move_id)
             held.handed_over = m.HandedOver(
@@ -61,24 +64,30 @@ class WorkerMoves(WorkerCredits):
                 move_id=held.move_id,
                 next_index=held.next_index,
                 point_bytes=held.handed_over.point_bytes,
+                sent_bytes=held.handed_over.sent_bytes,
+                stopped_ms=held.handed_over.stopped_ms,
             )
             self._tell(held.handed_over)
             return
-        self._stop(asked, held, move_id=asked.move_id)
+        self._stop(asked, held, move_id=asked.move_id, target_address=asked.target_address)
 
-    def _stop(self, asked: m.SuspendSession | m.HandOver, held: Session, move_id: int) -> None:
+    def _stop(
+        self, asked: m.SuspendSession | m.HandOver, held: Session, move_id: int, target_address: str = ""
+    ) -> None:
         if asked.epoch != held.epoch:
             self.counts.fenced += 1  # of an earlier owner's time, or of a later one's that this worker has not heard of
             return
         if held.phase is Phase.OPEN:
-            held.phase, held.move_id = Phase.STOPPING, move_id
+            held.phase, held.move_id, held.target_address = Phase.STOPPING, move_id, target_address
             self._out.append(e.Stop(asked.session_id, held.epoch, release=move_id == 0))
         elif held.phase is Phase.OPENING:
             self._keep(asked.session_id, held, move_id, "conflict", "the session is still being opened")
         elif held.phase is Phase.BROKEN:
             self._keep(asked.session_id, held, move_id, "session_poisoned", "the session is broken")
-        elif held.phase is Phase.STOPPING and (move_id == 0) == (held.move_id == 0):
-            held.move_id = max(held.move_id, move_id)  # the same again, or the move's newer name
+        elif held.phase is Phase.STOPPING and 0 < held.move_id < move_id:  # the move's newer name, maybe another move
+            held.move_id, held.target_address = move_id, target_address
+            if held.stopped is not None:
+                self._send_last(asked.session_id, held)
 
     def _keep(self, session_id: str, held: Session, move_id: int, code: str, message: str) -> None:
         self.counts.kept += 1
@@ -87,11 +96,15 @@ class WorkerMoves(WorkerCredits):
         )
         self._tell(kept)
 
-    def _on_stopped(self, event: e.Stopped, session: Session) -> None:
+    def _on_stopped(self, event: e.Stopped, session: Session, now_s: float) -> None:
         if session.phase is not Phase.STOPPING:
             return  # adopted or closed while the engine was at it: what the engine says next counts
-        self._hand_back(session, event.next_index)
+        session.stopped, session.stopped_s = event, now_s
+        if session.target_address:
+            self._send_last(event.session_id, session)
+            return  # its credits wait: if the point does not arrive, the session goes on as if nothing had been
         if session.move_id == 0:
+            self._hand_back(session, event.next_index)
             del self.sessions[event.session_id]
             self._fence(event.session_id, session.epoch)
             self.counts.suspended += 1
@@ -104,7 +117,11 @@ class WorkerMoves(WorkerCredits):
             self._remember_suspended(suspended)
             self._tell(suspended)
             return
-        session.phase = Phase.HANDED_OVER
+        self._handed_over(event, session)
+
+    def _handed_over(self, event: e.Stopped, session: Session, sent_bytes: int = 0, stopped_ms: float = 0.0) -> None:
+        self._hand_back(session, event.next_index)
+        session.phase, session.stopped = Phase.HANDED_OVER, None
         self.counts.handed_over += 1
         session.handed_over = m.HandedOver(
             session_id=event.session_id,
@@ -112,6 +129,8 @@ class WorkerMoves(WorkerCredits):
             move_id=session.move_id,
             next_index=event.next_index,
             point_bytes=event.point_bytes,
+            sent_bytes=sent_bytes,
+            stopped_ms=stopped_ms,
         )
         self._tell(session.handed_over)
 
@@ -125,7 +144,7 @@ class WorkerMoves(WorkerCredits):
     def _on_stop_failed(self, event: e.StopFailed, session: Session, now_s: float) -> None:
         if session.phase is not Phase.STOPPING:
             return
-        session.phase = Phase.OPEN
+        session.phase, session.stopped, session.handed_over = Phase.OPEN, None, None
         self._keep(event.session_id, session, session.move_id, event.code, event.message)
         # The engine forgot what it had not begun; the credits for it are still known here.
         again = [session.requests[index] for index in sorted(session.requests) if index >= event.next_index]
@@ -146,13 +165,27 @@ class WorkerMoves(WorkerCredits):
             self._refuse_prepare(asked.session_id, asked.move_id, *refused)
             return
         known = self.prepared.get(asked.session_id)
-        if known is not None:
-            known.move_id, known.until_s = asked.move_id, now_s + self._prepared_keep_s
-            if known.ready:
-                self._tell(m.SessionPrepared(session_id=asked.session_id, move_id=asked.move_id))
+        if known is not None and (known.slot, known.awaits) != (asked.slot, asked.awaits):
+            self._drop_prepared(asked.session_id, known)
+            known = None
+        until_s = now_s + self._prepared_keep_s
+        if known is None:
+            known = Prepared(asked.move_id, asked.move_id, until_s, not asked.slot, asked.slot, asked.awaits)
+            self.prepared[asked.session_id] = known
+            if asked.slot:
+                self._out.append(e.Prepare(asked.session_id, asked.move_id))
+        elif asked.move_id == known.move_id:
+            known.until_s = until_s
+            self._tell_prepared(asked.session_id, known)
             return
-        self.prepared[asked.session_id] = Prepared(asked.move_id, asked.move_id, now_s + self._prepared_keep_s)
-        self._out.append(e.Prepare(asked.session_id, asked.move_id))
+        known.move_id, known.until_s, known.address = asked.move_id, until_s, ""
+        if asked.awaits:
+            self._out.append(AwaitPoint(asked.session_id, asked.move_id))
+        self._tell_prepared(asked.session_id, known)
+
+    def _tell_prepared(self, session_id: str, known: Prepared) -> None:
+        if known.stands:
+            self._tell(m.SessionPrepared(session_id=session_id, move_id=known.move_id, address=known.address))
 
     def _why_not_prepare(self, asked: m.PrepareSession) -> tuple[str, str] | None:
         known = self.prepared.get(asked.session_id)
@@ -162,6 +195,8 @@ class WorkerMoves(WorkerCredits):
             return "conflict", "this worker holds the session"
         if self.draining:
             return "overloaded", "this worker is draining"
+        if asked.awaits and not self.hello.arena_bytes:
+            return "not_offered", "this worker has no arena for a point from another node"
         if (asked.width, asked.height) != (self._spec.width, self._spec.height):
             return "invalid_request", f"this worker makes {self._spec.width}x{self._spec.height} only"
         return None
@@ -176,9 +211,11 @@ class WorkerMoves(WorkerCredits):
         if isinstance(event, e.Prepared):
             known.ready = True
             self.counts.prepared += 1
-            self._tell(m.SessionPrepared(session_id=event.session_id, move_id=known.move_id))
+            self._tell_prepared(event.session_id, known)
         else:
             del self.prepared[event.session_id]
+            if known.awaits:
+                self._out.append(RefusePoint(event.session_id))
             self._refuse_prepare(event.session_id, known.move_id, event.code, event.message)
 
     def _on_drop_prepared(self, asked: m.DropPrepared, now_s: float) -> None:
@@ -188,7 +225,10 @@ class WorkerMoves(WorkerCredits):
 
     def _drop_prepared(self, session_id: str, known: Prepared) -> None:
         del self.prepared[session_id]
-        self._out.append(e.DropPrepared(session_id, known.asked_id))
+        if known.slot:
+            self._out.append(e.DropPrepared(session_id, known.asked_id))
+        if known.awaits:
+            self._out.append(RefusePoint(session_id))
 
     def _drop_forgotten(self, now_s: float) -> None:
         for session_id, known in list(self.prepared.items()):
@@ -203,4 +243,6 @@ def handlers() -> dict[type[m.Message], Any]:
         m.HandOver: WorkerMoves._on_hand_over,
         m.PrepareSession: WorkerMoves._on_prepare,
         m.DropPrepared: WorkerMoves._on_drop_prepared,
+        m.SendPoint: WorkerMoves._on_send_point,
+        m.ForgetPoint: WorkerMoves._on_forget_point,
     }

@@ -157,19 +157,10 @@ class Fleet:
 
     def _make_arena(self) -> int:
         """The node's shared memory for recovery points; it outlives every process but this one."""
-        asked = self.options.arena_bytes
-        bytes_ = default_arena_bytes() if asked is None else asked
-        if bytes_ == 0:
-            return -1
-        # By default it takes memory as it is used; a size that was asked for is there from the start.
-        fd = create_arena(
-            bytes_,
-            name=f"port{ports.port_of(self.http)}",
-            partition_count=self._partitions,
-            slab_bytes=ARENA_SLAB_BYTES,
-            reserve_memory=asked is not None,
-        )
-        os.set_inheritable(fd, True)
+        name = f"port{ports.port_of(self.http)}"
+        fd = make_arena(self.options.arena_bytes, name=name, partition_count=self._partitions)
+        if fd >= 0:
+            os.set_inheritable(fd, True)
         return fd
 
     def _write_token(self) -> Path:
@@ -284,6 +275,21 @@ def serve(options: ServeOptions) -> int:
         announce()
 
     return launcher.run(on_poll=poll)
+
+
+def make_arena(asked_bytes: int | None, *, name: str, partition_count: int) -> int:
+    """An arena of the size that was asked for (None: the default); -1 for a size of 0."""
+    bytes_ = default_arena_bytes() if asked_bytes is None else asked_bytes
+    if bytes_ == 0:
+        return -1
+    # By default it takes memory as it is used; a size that was asked for is there from the start.
+    return create_arena(
+        bytes_,
+        name=name,
+        partition_count=partition_count,
+        slab_bytes=ARENA_SLAB_BYTES,
+        reserve_memory=asked_bytes is not None,
+    )
 
 
 def default_arena_bytes() -> int:

@@ -62,6 +62,7 @@ class Metrics:
         self.ring_bytes = gauge("ring_bytes", "Frames held for viewers that have not acked them")
         self.frame_ring_bytes = gauge("frame_ring_bytes", "Frames that workers have written and we not yet read")
         self.storage_bytes = gauge("storage_bytes", "Recovery points: the arena's ledger and the disk's", "what")
+        self.points = gauge("points", "Recovery points moved for want of room, since the controller's start", "what")
         self.log_commit = histogram("log_commit_seconds", "Append to durable", SHORT_BUCKETS)
         self.log_records = counter("log_records", "Records written to the input log")
         self.fenced = counter("chunks_fenced", "Chunks refused: an old epoch, or not the next one")

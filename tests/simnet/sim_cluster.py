@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +12,19 @@ from sim_store import POINT_BYTES, Arena, CrashNow, SimDirectory, SimLog
 from sim_worker import CHUNK_S, SimWorker
 from sim_world import Channel, Links, Process, Violation, World
 
+from turboserve.orchestrator.eviction import Partition
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.orchestrator.scheduler import Memory, TickConfig, tick
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, Drop, DropFile, DropPoints, Load, Send, Spill
+from turboserve.runtime.controller_books import GATEWAY, Drop, DropFile, DropHost, DropPoints, Load, Send, Spill
 from turboserve.runtime.controller_logic import ControllerLogic
+from turboserve.runtime.controller_storage import StoredBytes
 
 LAUNCHER = "launcher"
 LEASE_S = 1.0
 HEARTBEAT_S = 0.25
 SWEEP_S = 2.0
+COUNT_S = 0.5
 SLOTS = 8
 CAPACITY = 4
 TICK = TickConfig(migrate=True, scale=False)
@@ -77,6 +81,7 @@ class SimController(Process):
         on_disk = dict.fromkeys(self.arena.disk, POINT_BYTES)
         self._guard(lambda: self.logic.take_over(stored, self.world.now_s, moves, on_disk) or [])
         self._sweep_at_s = self.world.now_s + SWEEP_S
+        self._count_at_s = self.world.now_s
         self._timer()
 
     def _guard(self, act: Callable[[], Any]) -> None:
@@ -103,6 +108,8 @@ class SimController(Process):
             case Load():
                 sid = effect.session_id
                 self.later(0.03, lambda: self._loaded(sid))
+            case DropHost():
+                self.arena.drop_host(effect.session_id)
             case DropFile():
                 self.arena.disk.pop(effect.session_id, None)
             case Drop():
@@ -123,15 +130,32 @@ class SimController(Process):
             raise Violation("I9 one wish for a worker was carried out twice")
 
     def _spilled(self, sid: str) -> None:
-        size = 0 if self.arena.full else self.arena.spill(sid)
-        self._guard(lambda: self.logic.spilled(sid, size, self.world.now_s))
+        size = self.arena.spill(sid)
+        why = "" if size else "full" if sid in self.arena.points else "failed"
+        self._guard(lambda: self.logic.spilled(sid, size, self.world.now_s, why))
 
     def _loaded(self, sid: str) -> None:
         size = self.arena.load(sid)
-        self._guard(lambda: self.logic.loaded(sid, size, self.world.now_s))
+        why = "" if size else "full" if sid in self.arena.disk else "failed"
+        self._guard(lambda: self.logic.loaded(sid, size, self.world.now_s, why))
+
+    def _count(self) -> None:
+        """As the controller's own thread does: what it counted may be old when the logic hears of it."""
+        points, files = dict.fromkeys(self.arena.points, POINT_BYTES), dict.fromkeys(self.arena.disk, POINT_BYTES)
+        total, disk = POINT_BYTES * self.arena.capacity, POINT_BYTES * self.arena.disk_capacity
+        found = StoredBytes(
+            (Partition(total, sum(points.values())),),
+            {sid: {0: bytes_} for sid, bytes_ in points.items()},
+            files,
+            {"disk_total_bytes": disk, "disk_used_bytes": sum(files.values())},
+        )
+        self.later(0.02, lambda: self._guard(lambda: self.logic.stored_bytes(found, self.world.now_s)))
 
     def _timer(self) -> None:
         self._guard(lambda: self.logic.on_timer(self.world.now_s))
+        if self.world.now_s >= self._count_at_s or self.logic.count_soon:
+            self._count_at_s, self.logic.count_soon = self.world.now_s + COUNT_S, False
+            self._count()
         if self.world.now_s >= self._sweep_at_s:  # as runtime/controller_points.py does
             self._sweep_at_s = self.world.now_s + SWEEP_S
             for sid in {*self.arena.points, *self.arena.disk}:
@@ -174,7 +198,9 @@ class Cluster:
         self.world = world
         self.links = Links(world)
         self.oracle = Oracle()
-        self.arena = Arena(world, capacity=64)
+        # Of its own, so that a schedule's other draws stay what they were.
+        rng = random.Random(f"storage {world.seed}")
+        self.arena = Arena(world, capacity=rng.choice([64, 64, 3, 2]), disk_capacity=rng.choice([64, 64, 1]))
         self.directory = SimDirectory(world)
         self.log = SimLog(world, self.oracle)
         self.gateway = SimGateway(world, self.log)

@@ -31,9 +31,10 @@ class Point:
 class Arena:
     """Points by session, newest epoch first. It outlives every process but the launcher."""
 
-    def __init__(self, world: World, capacity: int) -> None:
+    def __init__(self, world: World, capacity: int, disk_capacity: int) -> None:
         self.world = world
         self.capacity = capacity
+        self.disk_capacity = disk_capacity
         self.full = False
         self.points: dict[str, Point] = {}
         self.disk: dict[str, Point] = {}
@@ -55,15 +56,22 @@ class Arena:
         return self.points.get(sid)
 
     def spill(self, sid: str) -> int:
-        """To disk; its bytes there, 0 when there is none."""
-        if (point := self.points.pop(sid, None)) is not None:
-            self.disk[sid] = point
-        return POINT_BYTES if sid in self.disk else 0
+        """To disk as well; its bytes there, 0 when there is none or no room."""
+        if sid not in self.points or (sid not in self.disk and len(self.disk) >= self.disk_capacity):
+            return 0
+        self.disk[sid] = self.points[sid]
+        return POINT_BYTES
+
+    def drop_host(self, sid: str) -> None:
+        """The disk has it too."""
+        if sid in self.points and self.disk.get(sid) != self.points[sid]:
+            raise Violation("I6 the only copy of a point is freed")
+        self.points.pop(sid, None)
 
     def load(self, sid: str) -> int:
-        """From disk; its bytes in memory, 0 when there is none that can be used."""
-        if sid in self.disk and not self.full:
-            self.points.setdefault(sid, self.disk[sid])
+        """From disk; its bytes in memory, 0 when there is none or no room."""
+        if sid in self.disk and sid not in self.points and not self.full and len(self.points) < self.capacity:
+            self.points[sid] = self.disk[sid]
         return POINT_BYTES if sid in self.points else 0
 
     def drop(self, sid: str) -> None:

@@ -12,6 +12,7 @@ from sim_store import POINT_BYTES, Arena, Point
 from sim_world import Channel, Process, Violation, World
 
 from turboserve.digest import next_digest
+from turboserve.errors import ArenaFull
 from turboserve.geometry import SlotGeometry
 from turboserve.model.interface import ChunkRequest, ModelSpec
 from turboserve.runtime import messages as m
@@ -220,7 +221,7 @@ class ToyEngine:
             return
         held.stop = None
         if held.broken or not self._write_point(sid, held):
-            code, message = ("session_poisoned", "broken") if held.broken else ("arena_full", "no room")
+            code, message = ("session_poisoned", "broken") if held.broken else (ArenaFull.code, "no room")
             self._post(e.StopFailed(sid, held.next_index, code, message), held.epoch)
             self._work(sid)
             return

@@ -43,6 +43,7 @@ def picture(books: ControllerBooks) -> dict[str, Any]:
         "session_list": [_session(books, live) for live in shown],
         "sessions_not_listed": len(books.sessions) - len(shown),
         "storage": dict(books.storage),
+        "points": dict(books.point_counts),
         "decisions": list(books.decisions),
     }
 

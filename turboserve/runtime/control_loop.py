@@ -34,15 +34,17 @@ from turboserve.runtime.controller_books import (
     LAUNCHER,
     Drop,
     DropFile,
-    DropPoints,
+    DropHost,
     Effect,
     Load,
     Send,
     Spill,
+    Touch,
 )
 from turboserve.runtime.controller_config import ControllerConfig
 from turboserve.runtime.controller_logic import ControllerLogic
-from turboserve.runtime.controller_points import ControllerPoints, StoredBytes
+from turboserve.runtime.controller_points import ControllerPoints
+from turboserve.runtime.controller_storage import StoredBytes
 from turboserve.runtime.directory import Directory
 from turboserve.runtime.failpoints import failpoint, set_process
 from turboserve.runtime.fleet_link import FleetLink
@@ -51,6 +53,10 @@ from turboserve.runtime.recording import TickRecorder
 SNAPSHOT_S = 0.25
 FIGURES_S = 2.0
 """How often the bytes in the arena and on disk are counted."""
+FIGURES_SOON_S = 0.2
+"""The same while somebody finds no room."""
+Stored = Callable[[str, int, float, str], list[Effect]]
+"""`ControllerLogic.spilled` or `.loaded`."""
 
 
 def live_profile(config: ControllerConfig) -> LatencyProfile:
@@ -259,43 +265,34 @@ class ControlLoop:
                     self._log.warning("cannot send", who=effect.to, error=str(error))
                     self._close_soon(effect.to)
 
-    def _touch_points(self, effect: DropPoints | DropFile | Spill | Load) -> None:
+    def _touch_points(self, effect: Touch) -> None:
         points, session_id = self._points, effect.session_id
         if points is None:
             if isinstance(effect, Spill):
-                self._soon(self._logic.spilled, session_id, 0)
+                self._soon(self._logic.spilled, session_id)
             elif isinstance(effect, Load):
-                self._soon(self._logic.loaded, session_id, 0)
+                self._soon(self._logic.loaded, session_id)
         elif isinstance(effect, Spill):
-            points.spill(session_id, lambda one, bytes_: self._now(self._logic.spilled, one, bytes_))
+            points.spill(session_id, lambda *done: self._now(self._logic.spilled, *done))
         elif isinstance(effect, Load):
-            points.load(session_id, lambda one, bytes_: self._now(self._logic.loaded, one, bytes_))
+            points.load(session_id, lambda *done: self._now(self._logic.loaded, *done))
+        elif isinstance(effect, DropHost):
+            points.drop_host(session_id)
         elif isinstance(effect, DropFile):
             points.drop_file(session_id)
         else:
             points.drop(session_id)
 
     def _take_figures(self, found: StoredBytes) -> None:
-        arena = found.arena
-        self._logic.stored_bytes(
-            found.arena_sessions,
-            found.disk_sessions,
-            {
-                "arena_total_bytes": arena.total_bytes,
-                "arena_free_bytes": arena.free_bytes,
-                "arena_reserved_bytes": arena.reserved_bytes,
-                "arena_committed_bytes": arena.committed_bytes,
-                "disk_used_bytes": sum(found.disk_sessions.values()),
-                "disk_total_bytes": self._config.disk_bytes,
-            },
-        )
-
-    def _soon(self, tell: Callable[[str, int, float], list[Effect]], session_id: str, bytes_: int) -> None:
-        asyncio.get_running_loop().call_soon(self._now, tell, session_id, bytes_)
-
-    def _now(self, tell: Callable[[str, int, float], list[Effect]], session_id: str, bytes_: int) -> None:
         with self._fatal():
-            self._apply(tell(session_id, bytes_, time.monotonic()))
+            self._apply(self._logic.stored_bytes(found, time.monotonic()))
+
+    def _soon(self, tell: Stored, session_id: str) -> None:
+        asyncio.get_running_loop().call_soon(self._now, tell, session_id, 0, "failed")
+
+    def _now(self, tell: Stored, session_id: str, bytes_: int, why: str) -> None:
+        with self._fatal():
+            self._apply(tell(session_id, bytes_, time.monotonic(), why))
 
     def _on_fleet(self) -> None:
         """Word from the launcher."""
@@ -323,8 +320,9 @@ class ControlLoop:
                 self._apply(self._logic.on_timer(now_s))
             if self._points is not None:
                 self._points.sweep(self._logic.sessions, now_s)
-                if now_s >= figures_s:
+                if now_s >= figures_s or (self._logic.count_soon and now_s >= figures_s - FIGURES_S + FIGURES_SOON_S):
                     figures_s = now_s + FIGURES_S
+                    self._logic.count_soon = False
                     self._points.figures(self._take_figures)
             if self._logic.changed and now_s - published_s >= SNAPSHOT_S and GATEWAY in self._channels:
                 self._logic.changed = False

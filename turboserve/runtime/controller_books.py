@@ -7,7 +7,7 @@ moment: a session stands in `sessions`, in the directory and in one row of the v
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 from turboserve.errors import Conflict
@@ -22,6 +22,7 @@ from turboserve.runtime.controller_records import (
     OWNED_BY_GATEWAY,
     Drop,
     DropFile,
+    DropHost,
     DropPoints,
     Effect,
     Kind,
@@ -31,6 +32,7 @@ from turboserve.runtime.controller_records import (
     Phase,
     Send,
     Spill,
+    Touch,
     Worker,
 )
 from turboserve.session import SessionRecord, SessionState, public_state
@@ -47,6 +49,7 @@ __all__ = [
     "ControllerBooks",
     "Drop",
     "DropFile",
+    "DropHost",
     "DropPoints",
     "Effect",
     "Kind",
@@ -56,6 +59,7 @@ __all__ = [
     "Phase",
     "Send",
     "Spill",
+    "Touch",
     "Worker",
 ]
 
@@ -128,6 +132,8 @@ class ControllerBooks:
         """Sessions that failed: code and message, for a gateway that missed it and asks for them."""
         self.storage: dict[str, int] = {}
         """Arena and disk, in bytes: the ledger as last counted."""
+        self.point_counts = {"spilled": 0, "read_back": 0, "evicted": 0, "not_spilled": 0}
+        """What became of points for want of room, since this controller's start."""
         self.stopping = False
         self.generation = 0
         self._timer_s = float("inf")
@@ -291,15 +297,6 @@ class ControllerBooks:
             weights = list(self.view.tenant_weights)[: len(self._tenants) - 1]
             self.view.tenant_weights = (*weights, weight)
         return self._tenants[name]
-
-    def stored_bytes(self, arena: Mapping[str, int], disk: Mapping[str, int], totals: dict[str, int]) -> None:
-        """What lies in the arena and on disk, counted a moment ago: bytes by session, and in all."""
-        for session_id, live in self.sessions.items():
-            live.point_bytes = arena.get(session_id, 0)
-            if live.record.state is SessionState.DISK:
-                live.disk_bytes = disk.get(session_id, 0)
-        self.storage = totals
-        self.changed = True
 
     def _flush(self) -> list[Effect]:
         out, self._out = self._out, []

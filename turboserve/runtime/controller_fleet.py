@@ -117,6 +117,8 @@ class ControllerFleet(ControllerRecovery):
         worker = self.workers.get(beat.worker_id)
         if worker is None or worker.hello.worker_epoch != beat.worker_epoch:
             return
+        before = worker.stats.points_refused if worker.stats is not None else 0
+        self.count_soon |= beat.points_refused > before
         worker.stats = beat
         worker.lease_until_s = now_s + self.lease_s
         self.changed = True

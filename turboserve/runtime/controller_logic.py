@@ -28,7 +28,6 @@ from turboserve.runtime.controller_books import (
     Effect,
     Kind,
     Live,
-    Load,
     Phase,
     Send,
     Spill,
@@ -84,37 +83,6 @@ class ControllerLogic(ControllerAdmin):
         if changed or (self.wake_at_s is not None and now_s >= self.wake_at_s):
             self._tick(now_s)
         return self._flush()
-
-    def spilled(self, session_id: str, disk_bytes: int, now_s: float) -> list[Effect]:
-        """A recovery point lies on disk (0: it could not be written and stays in the arena)."""
-        live = self.sessions.get(session_id)
-        if live is not None and live.record.state is SessionState.SPILLING:
-            live.disk_bytes = disk_bytes
-            if disk_bytes:
-                live.point_bytes = 0
-            self._move(live, SessionState.DISK if disk_bytes else SessionState.HOST, live.record.reason)
-            self._tell_session(live)
-            self._tick(now_s)
-        return self._flush()
-
-    def loaded(self, session_id: str, point_bytes: int, now_s: float) -> list[Effect]:
-        """A recovery point has come from disk (0: there is none that can be used, so it begins anew)."""
-        live = self.sessions.get(session_id)
-        if live is not None and live.loading:
-            live.loading = False
-            live.point_bytes = point_bytes
-            if not point_bytes:
-                live.disk_bytes = 0
-                self._note(now_s, "no_point", session=session_id, reason="its recovery point on disk cannot be used")
-            if live.record.state is SessionState.DISK:
-                self._move(live, SessionState.DISK)
-            self._tick(now_s)
-        return self._flush()
-
-    def _spill(self, live: Live) -> None:
-        live.spill_tried = True
-        self._move(live, SessionState.SPILLING, live.record.reason)
-        self._out.append(Spill(live.record.session_id))
 
     # ------------------------------------------------------------------ gateway
 
@@ -321,11 +289,7 @@ class ControllerLogic(ControllerAdmin):
         if worker_id is None or not self._takes(worker_id):
             return False
         if live.record.state is SessionState.DISK and live.disk_bytes and not live.point_bytes:
-            if not live.loading:
-                live.loading = True
-                self._show(live)
-                self._out.append(Load(live.record.session_id))
-                self._tell_session(live)
+            self._load(live)
             return True  # the tick puts it somewhere once its point is there
         if not self._open(live, worker_id, Kind.RESUME, SessionState.RESUMING, now_s, reason=reason):
             return False

@@ -7,12 +7,15 @@ owner, and every giving up goes through it, so that an answer that comes too lat
 
 from __future__ import annotations
 
+from turboserve.errors import ArenaFull
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import Kind, Live, Move, Phase, Send
 from turboserve.runtime.controller_opening import ControllerOpening
 from turboserve.session import SessionState
 
 _RESTING = frozenset({SessionState.RUNNING, SessionState.STALLED})
+KEPT_PAUSE_S = 2.0
+"""A session that could not leave for want of room in the arena makes chunks for so long before it is asked again."""
 
 
 class ControllerMoves(ControllerOpening):
@@ -20,10 +23,15 @@ class ControllerMoves(ControllerOpening):
 
     # ------------------------------------------------------------------ beginning a move
 
+    def _may_leave(self, live: Live, now_s: float) -> bool:
+        record = live.record
+        rests = record.state in _RESTING and live.move is None and record.owner in self.workers
+        return rests and now_s >= live.stays_until_s
+
     def _suspend(self, live: Live, tier: str, now_s: float, reason: str) -> bool:
         """Have the owner write a recovery point and free the slot."""
         record = live.record
-        if record.state not in _RESTING or live.move is not None or record.owner not in self.workers:
+        if not self._may_leave(live, now_s) or record.owner is None:
             return False
         owner = record.owner
         live.move = Move(
@@ -38,7 +46,7 @@ class ControllerMoves(ControllerOpening):
     def _migrate(self, live: Live, target: str, now_s: float, reason: str) -> bool:
         """Step 1: a slot at the target. The source goes on meanwhile and knows nothing of it."""
         record = live.record
-        if record.state not in _RESTING or live.move is not None or record.owner not in self.workers:
+        if not self._may_leave(live, now_s) or record.owner is None:
             return False
         if target == record.owner or not self._takes(target) or not self._fits(live, target):
             return False
@@ -143,6 +151,8 @@ class ControllerMoves(ControllerOpening):
             return
         if move.phase is Phase.HANDOVER and kept.move_id not in (0, move.id):
             return
+        if kept.code == ArenaFull.code:
+            self.count_soon, live.stays_until_s = True, now_s + KEPT_PAUSE_S
         self._go_on_at_source(live, now_s, f"{source} keeps it: {kept.message}")
 
     def _on_SessionSuspended(self, source: str, suspended: m.SessionSuspended, now_s: float) -> None:
@@ -164,9 +174,6 @@ class ControllerMoves(ControllerOpening):
         self._tell_session(live)
         self._stop_if_empty(source)
         self._tick(now_s)
-
-    def _spill(self, live: Live) -> None:
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ giving up
 

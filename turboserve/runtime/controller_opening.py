@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, ControllerBooks, DropFile, Kind, Live, Move, Phase, Send
+from turboserve.runtime.controller_books import GATEWAY, DropFile, Kind, Live, Move, Phase, Send
+from turboserve.runtime.controller_storage import ControllerStorage
 from turboserve.session import SessionState
 
 REFUSALS_MAX = 3
@@ -18,7 +19,7 @@ NO_ROOM = frozenset({"pool_exhausted", "overloaded", "refused"})
 """Refusals that say "not now": the session waits and does not count them."""
 
 
-class ControllerOpening(ControllerBooks):
+class ControllerOpening(ControllerStorage):
     """Giving a session to a worker."""
 
     def _open(
@@ -235,9 +236,6 @@ class ControllerOpening(ControllerBooks):
         self.view.profiles = (replace(self.view.profile, **changes), *self.view.profiles[1:])
 
     def _stop_if_empty(self, worker_id: str) -> None:
-        raise NotImplementedError
-
-    def _tick(self, now_s: float) -> None:
         raise NotImplementedError
 
     def _go_on_at_source(self, live: Live, now_s: float, why: str) -> None:

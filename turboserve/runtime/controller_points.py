@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turboserve.errors import TurboServeError
-from turboserve.runtime.arena import Arena, Ledger
+from turboserve.errors import ArenaFull, PoolExhausted, TurboServeError
+from turboserve.orchestrator.eviction import Partition
+from turboserve.runtime.arena import Arena
+from turboserve.runtime.controller_storage import StoredBytes
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.recovery_store import RecoveryStore
 from turboserve.runtime.spill import SpillDirectory
@@ -22,13 +23,8 @@ from turboserve.runtime.spill import SpillDirectory
 SWEEP_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBytes:
-    """What lies in the arena and on disk, in bytes."""
-
-    arena: Ledger
-    arena_sessions: dict[str, int]
-    disk_sessions: dict[str, int]
+Done = Callable[[str, int, str], None]
+"""(session, bytes, why it is 0 bytes): `full` where there was no room."""
 
 
 class ControllerPoints:
@@ -63,12 +59,16 @@ class ControllerPoints:
         """The session goes on; what lies on disk is old."""
         self._thread.submit(self._guarded, self._files.drop, session_id)
 
-    def spill(self, session_id: str, done: Callable[[str, int], None]) -> None:
-        """`done(session, bytes on disk)`; 0 bytes: it stays where it is."""
+    def drop_host(self, session_id: str) -> None:
+        """What is in the arena lies on disk too."""
+        self._thread.submit(self._guarded, self._store.drop, session_id)
+
+    def spill(self, session_id: str, done: Done) -> None:
+        """`done(session, bytes on disk, why)`; 0 bytes: it stays where it is. The arena keeps its copy."""
         self._thread.submit(self._guarded, self._spill, session_id, done)
 
-    def load(self, session_id: str, done: Callable[[str, int], None]) -> None:
-        """`done(session, bytes in the arena)`; 0 bytes: there is no usable point."""
+    def load(self, session_id: str, done: Done) -> None:
+        """`done(session, bytes in the arena, why)`; 0 bytes: there is no usable point, or no room for it."""
         self._thread.submit(self._guarded, self._load, session_id, done)
 
     def sweep(self, known: Collection[str], now_s: float) -> None:
@@ -94,25 +94,29 @@ class ControllerPoints:
         self._store.drop(session_id)
         self._files.drop(session_id)
 
-    def _spill(self, session_id: str, done: Callable[[str, int], None]) -> None:
-        bytes_ = 0
+    def _spill(self, session_id: str, done: Done) -> None:
+        bytes_, why = 0, "failed"
         try:
             bytes_ = self._files.spill(self._store, session_id).file_bytes
             failpoint("controller.spill.written")
-            self._store.drop(session_id)
+        except PoolExhausted as error:
+            why = "full"
+            self._log.warning("no room on disk", session=session_id, error=str(error))
         except (TurboServeError, OSError) as error:
             self._log.error("recovery point not written to disk", session=session_id, error=str(error))
         finally:
-            self._post(done, session_id, bytes_)
+            self._post(done, session_id, bytes_, why)
 
-    def _load(self, session_id: str, done: Callable[[str, int], None]) -> None:
-        bytes_ = 0
+    def _load(self, session_id: str, done: Done) -> None:
+        bytes_, why = 0, "failed"
         try:
             bytes_ = self._files.load(self._store, session_id).total_bytes
+        except ArenaFull:
+            why = "full"
         except (TurboServeError, OSError) as error:
             self._log.error("recovery point not read from disk", session=session_id, error=str(error))
         finally:
-            self._post(done, session_id, bytes_)
+            self._post(done, session_id, bytes_, why)
 
     def _sweep(self, known: frozenset[str]) -> None:
         for session_id in set(self._store.sessions()) | set(self._files.sessions()):
@@ -121,5 +125,16 @@ class ControllerPoints:
                 self._drop(session_id)
 
     def _figures(self, done: Callable[[StoredBytes], None]) -> None:
-        stored = StoredBytes(self._store.arena.ledger(), self._store.sessions(), self._files.sessions())
-        self._post(done, stored)
+        arena = self._store.arena
+        ledgers = [arena.ledger(number) for number in range(arena.geometry.partition_count)]
+        files = self._files.sessions()
+        totals = {
+            "arena_total_bytes": sum(one.total_bytes for one in ledgers),
+            "arena_free_bytes": sum(one.free_bytes for one in ledgers),
+            "arena_reserved_bytes": sum(one.reserved_bytes for one in ledgers),
+            "arena_committed_bytes": sum(one.committed_bytes for one in ledgers),
+            "disk_used_bytes": sum(files.values()),
+            "disk_total_bytes": self._files.bytes_max,
+        }
+        partitions = tuple(Partition(one.total_bytes, one.total_bytes - one.free_bytes) for one in ledgers)
+        self._post(done, StoredBytes(partitions, self._store.shares(), files, totals))

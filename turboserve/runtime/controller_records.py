@@ -41,7 +41,7 @@ class DropPoints:
 
 @dataclass(frozen=True, slots=True)
 class Spill:
-    """Put the session's newest recovery point on disk and drop it from the arena; `ControllerLogic.spilled` answers."""
+    """Put the session's newest recovery point on disk; `ControllerLogic.spilled` answers. The arena keeps it."""
 
     session_id: str
     to: str = ""
@@ -56,14 +56,23 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class DropFile:
-    """The session runs again: its point on disk is old."""
+class DropHost:
+    """The directory says that the session's point is on disk: the copy in the arena may go."""
 
     session_id: str
     to: str = ""
 
 
-Effect: TypeAlias = Send | Drop | DropPoints | Spill | Load | DropFile
+@dataclass(frozen=True, slots=True)
+class DropFile:
+    """The session's point on disk is old, or there is no room for it."""
+
+    session_id: str
+    to: str = ""
+
+
+Touch: TypeAlias = DropPoints | DropHost | DropFile | Spill | Load
+Effect: TypeAlias = Send | Drop | Touch
 
 
 @dataclass(slots=True)
@@ -136,7 +145,16 @@ class Live:
     disk_bytes: int = 0
     loading: bool = False
     """Its point is on the way from disk to the arena."""
+    stays_until_s: float = 0.0
+    """Its worker had no room to write its point: until then it is not asked to leave."""
     spill_tried: bool = False
+    """While the server stops: its point was put on disk, or could not be."""
+    spill_again: bool = False
+    """Its point found no room on disk, others were dropped for it, and it is written once more."""
+    spill_after_s: float = 0.0
+    """Its point could not be written to disk: not tried again before."""
+    load_tries: int = 0
+    """How often its point on disk found no room in the arena."""
     refusals: int = 0
     retry_at_s: float | None = None
     """Until then no worker is looked for."""

@@ -247,6 +247,7 @@ class ControllerRecovery(ControllerMoves):
             if record.owner is not None:
                 live.adopt_by_s = adopt_by_s
             elif record.state is SessionState.SPILLING:
+                # A file that was written and not yet said to be is written again; the arena still has the point.
                 self._move(live, SessionState.HOST, "not yet on disk when the controller ended")
             elif record.state is SessionState.CLOSING:
                 self._forget(live, SessionState.CLOSED)

@@ -43,6 +43,7 @@ FAILPOINTS: dict[str, str] = {
     "worker.adopt": "a move was given up, the source takes its session back",
     "worker.emit.ring": "frames lie in the ring, ChunkReady not sent",
     "worker.emit.sent": "ChunkReady is sent",
+    "controller.spill.begun": "a point is to be written to disk, nothing of it is there",
     "controller.spill.written": "a point is on disk, the directory does not say so, the arena still has it",
     "controller.event.written": "the directory has what an event changed, nobody has heard of it",
     "controller.started": "the directory is read, nobody is heard yet",

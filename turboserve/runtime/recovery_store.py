@@ -337,3 +337,11 @@ class RecoveryStore:
         for extent in self.arena.find():
             found[extent.session] = found.get(extent.session, 0) + extent.slab_bytes
         return found
+
+    def shares(self) -> dict[str, dict[int, int]]:
+        """Committed bytes of every session in each partition."""
+        found: dict[str, dict[int, int]] = {}
+        for extent in self.arena.find():
+            share = found.setdefault(extent.session, {})
+            share[extent.partition] = share.get(extent.partition, 0) + extent.slab_bytes
+        return found

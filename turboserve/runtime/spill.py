@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from turboserve.errors import CorruptState, InvalidRequest, NotFound, PoolExhausted, ProtocolError
+from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.point_transfer import IncomingPoint, PointManifest, describe_point
 from turboserve.runtime.recovery_store import RecoveryPoint, RecoveryStore
 from turboserve.runtime.transport import MANIFEST_BYTES_MAX, Offer
@@ -91,6 +92,7 @@ class SpillDirectory:
         path = self._file(session)
         temporary = path.with_name(path.name + ".tmp")
         try:
+            failpoint("controller.spill.begun")
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb", buffering=0) as file:
                 code = self._hash()
                 parts: list[Any] = [_HEAD.pack(MAGIC, len(packed)), packed]

@@ -53,6 +53,8 @@ def refresh(state: Any, gateway: Gateway) -> None:
     figures.frame_ring_bytes.set(state.frame_ring_bytes())
     for name, bytes_ in gateway.logic.cluster.get("storage", {}).items():
         figures.storage_bytes.labels(name.removesuffix("_bytes")).set(bytes_)
+    for name, count in gateway.logic.cluster.get("points", {}).items():
+        figures.points.labels(name).set(count)
     workers = gateway.logic.cluster.get("workers", [])
     figures.room.set(sum(max(0, one["capacity"] - one["active"]) for one in workers if one["state"] == "ready"))
 

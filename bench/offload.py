@@ -220,7 +220,7 @@ def made_session() -> tuple[ShapesModel, SnapshotShape, HeldSession]:
 
 def point_rows(rounds: int) -> Iterator[Row]:
     model, shape, session = made_session()
-    tensors = {one.name: session.state.tensors[one.name] for one in [*shape.page_fields, *shape.tail_fields]}
+    tensors = {one.name: session.state.tensors[one.name] for one in [*shape.page_fields, *shape.tail_fields()]}
     with ExitStack() as stack:
         fd = create_arena(64 << 20, slab_bytes=64 << 10)
         stack.callback(os.close, fd)
@@ -259,7 +259,7 @@ def point_rows(rounds: int) -> Iterator[Row]:
         back = read_into(KvPool(model.state_layout(), 1))
         error = max(
             timing.max_rel_err(back.tensors[one.name].numpy(), session.state.tensors[one.name].numpy())
-            for one in shape.tail_fields
+            for one in shape.tail_fields()
         )
         for chunk in shape.page_chunks(point.chunk):
             ours, theirs = (shape.page_pieces(one.tensors, chunk) for one in (session.state, back))
@@ -271,7 +271,7 @@ def point_rows(rounds: int) -> Iterator[Row]:
             for name, tensor in loaded.items():
                 tensors[name].copy_(tensor)
 
-        page, whole = shape.page_bytes + shape.tail_bytes, point.total_bytes
+        page, whole = shape.page_bytes + shape.tail_bytes(), point.total_bytes
         ways = {
             "suspend": suspend,
             "write-through": write_through,

@@ -106,7 +106,8 @@ def fill(model: WanModel, count: int) -> Scene:
     for index in range(count):
         name = f"bench{index:02d}".ljust(26, "a")
         number = pool.acquire(name)
-        state = SessionTensors(session_id=name, seed=index, slot=number, tensors=pool.tensors(name))
+        tensors = pool.tensors(name, model.spec.decoder(None))
+        state = SessionTensors(session_id=name, seed=index, slot=number, tensors=tensors)
         model.begin(state, Control(PROMPT))
         chunks = min(slot.page_count, (model.spec.max_chunks or slot.page_count + 1) - 1)
         for chunk in range(chunks):
@@ -124,7 +125,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @click.option("--preset", default="longlive-1.3b", type=click.Choice(list(PRESETS)))
 @click.option("--size", help="WxH.  [default: the preset's]")
 @click.option("--sessions", default="1,2,3,4", help="Numbers of sessions, with commas.")
-@click.option("--decoder", default="light", type=click.Choice(["light", "vae"]))
+@click.option("--decoder", default="light", type=click.Choice(["light", "full"]))
 @click.option("--device", default="cuda", type=click.Choice(["cpu", "cuda"]))
 @click.option("--rounds", default=10, type=click.IntRange(1), help="Timings of each contender.")
 def command(
@@ -144,7 +145,7 @@ def command(
         config = transformer_config(chosen)
         parts = WanParts(
             random_transformer(config, where, dtype),
-            random_decoder(chosen, decoder == "light", where, dtype),
+            {decoder: random_decoder(chosen, decoder == "light", where, dtype)},
             RandomText(config),
         )
         model = WanModel(parts, chosen, size=size or chosen.size, name=preset, model_hash="random")
@@ -270,7 +271,9 @@ def _against_diffusers(
     theirs.load_state_dict(diffusers_state(model._transformer))
     pool = KvPool(model.state_layout(), 1, model.device)
     name = "bench".ljust(26, "a")
-    state = SessionTensors(session_id=name, seed=1, slot=pool.acquire(name), tensors=pool.tensors(name))
+    slot = pool.acquire(name)
+    tensors = pool.tensors(name, model.spec.decoder(None))
+    state = SessionTensors(session_id=name, seed=1, slot=slot, tensors=tensors)
     model.begin(state, Control(PROMPT))
     first = model.next_passes(state, ChunkRequest(0, model.spec.denoise_steps, Control(PROMPT)))[0]
     batch = pack([first])

@@ -39,7 +39,12 @@ def test_the_chain_is_sha256_over_the_previous_digest_and_the_frames() -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    for one in (card(), card(digests=(ONE, TWO), approximate_from=1, numerics_id="x"), card(chunk_count=0, digest="")):
+    for one in (
+        card(),
+        card(digests=(ONE, TWO), approximate_from=1, numerics_id="x"),
+        card(chunk_count=0, digest=""),
+        card(decoder="light"),
+    ):
         assert Card.from_json(one.to_json()) == one
         path = tmp_path / "card.json"
         path.write_text(one.to_json(indent=2))
@@ -50,6 +55,7 @@ def test_what_says_nothing_is_left_out_and_unknown_keys_are_ignored() -> None:
     body = json.loads(card().to_json())
     assert "digests" not in body
     assert "approximate_from" not in body
+    assert "decoder" not in body
     body["added_later"] = {"x": 1}
     assert Card.from_json(json.dumps(body)) == card()
 

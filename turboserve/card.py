@@ -8,6 +8,7 @@ writes one and `turboserve replay CARD.json` verifies it. As JSON:
       "model": "shapes", "model_hash": "…", "numerics_id": "…",   (numerics_id "": unknown)
       "seed": 7, "size": "96x96",
       "prompt_switch": "swap",
+      "decoder": "full",          (optional: where the model offers several)
       "inputs": [{"from_index": 0, "prompt": "a red circle", "prompt_version": 1},
                  {"from_index": 9, "prompt": "a blue square", "prompt_version": 2}],
       "steps": [{"from_index": 0, "steps": 4}],   (runs: each holds until the next one)
@@ -76,6 +77,7 @@ class Card:
     digest: str
     numerics_id: str = ""
     prompt_switch: str = "swap"
+    decoder: str = ""
     digests: tuple[str, ...] | None = None
     approximate_from: int | None = None
     kind: str = CARD_KIND
@@ -126,6 +128,8 @@ class Card:
         for name in ("digests", "approximate_from"):
             if body[name] is None:
                 del body[name]
+        if not body["decoder"]:
+            del body["decoder"]
         data = msgspec.json.encode(body)
         return (msgspec.json.format(data, indent=indent) if indent else data).decode()
 

@@ -22,7 +22,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("decoder", ["light", "vae"])
+@pytest.mark.parametrize("decoder", ["light", "full"])
 def test_every_case_is_measured_and_checked_on_the_tiny_preset(decoder):
     done = CliRunner().invoke(
         main,

@@ -132,6 +132,8 @@ def test_usage_errors(tmp_path: Path) -> None:
         (("--steps", 1), "expected 2 to 4"),
         (("--seconds", 0), "--seconds"),
         (("--prompt-switch", "blend"), "expected one of swap, recache"),
+        (("--decoder", "light"), "this model has one alone"),
+        (("--decoder", "big", "--model", "wan-tiny"), "expected one of full, light"),
         (("-o", tmp_path / "absent" / "out.mp4"), "no folder"),
         (("-o", tmp_path / "out.gif"), "out.gif"),
         (("--card", tmp_path / "absent" / "card.json"), "no folder"),

@@ -33,7 +33,7 @@ def latents(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     decoder = LightDecoder(LightDecoderConfig(latent_channels=4, widths=(16, 12, 8, 8))).eval().requires_grad_(False)
     fill_random(transformer, 1)
     fill_random(decoder, 2)
-    parts = WanParts(transformer.to(device, dtype), decoder.to(device, dtype), Text())
+    parts = WanParts(transformer.to(device, dtype), {"light": decoder.to(device, dtype)}, Text())
     model = WanModel(parts, PRESET, size=PRESET.size, name="wan", model_hash="wan")
     tensors = {
         one.name: torch.zeros(one.shape, dtype=getattr(torch, one.dtype), device=device) for one in model.state_layout()

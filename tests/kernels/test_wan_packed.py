@@ -49,7 +49,7 @@ def test_triton_and_pytorch_make_the_same_latents(rope_mode, monkeypatch):
     transformer = CausalVideoTransformer(transformer_config(preset)).eval().requires_grad_(False)
     fill_random(transformer, 1)
     tiny = tiny_parts("light")
-    parts = WanParts(transformer, tiny.decoder, tiny.text)
+    parts = WanParts(transformer, tiny.decoders, tiny.text)
 
     def make() -> WanModel:
         return WanModel(parts, preset, size=preset.size, name="wan", model_hash="wan")

@@ -31,6 +31,6 @@ def test_a_layout_without_pages_is_all_tail():
     )
     spec = replace(ShapesModel.random(0).spec, slot=SlotGeometry(1, 4, 1, 3))
     shape = SnapshotShape(spec, layout, "n")
-    assert (shape.page_bytes, shape.tail_bytes, shape.page_chunks(9)) == (0, 7, ())
+    assert (shape.page_bytes, shape.tail_bytes(), shape.page_chunks(9)) == (0, 7, ())
     state = SessionTensors("a" * 26, 0, 0, {"x": torch.arange(7, dtype=torch.uint8), "s": torch.zeros(9)})
-    assert torch.cat(field_pieces(shape.tail_fields, state.tensors)).tolist() == list(range(7))
+    assert torch.cat(field_pieces(shape.tail_fields(), state.tensors)).tolist() == list(range(7))

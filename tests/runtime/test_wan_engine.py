@@ -7,9 +7,11 @@ import threading
 
 import pytest
 from point_harness import Node
+from point_harness import run as run_all
 from tiny_model import session_id
 
-from turboserve.model.interface import ChunkRequest, Control, PromptSwitch
+from turboserve.errors import InvalidRequest
+from turboserve.model.interface import ChunkRequest, Control, PromptSwitch, Update
 from turboserve.model.presets import PRESETS
 from turboserve.model.wan.model import WanModel, WanParts
 from turboserve.model.wan.tiny import tiny_parts
@@ -17,6 +19,7 @@ from turboserve.runtime.cost_model import MeasuredCost
 from turboserve.runtime.engine import Engine
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.numerics import check_numerics
+from turboserve.runtime.snapshot import SnapshotShape
 from turboserve.runtime.worker_events import FinishedChunk
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -85,7 +88,7 @@ def test_sessions_in_any_order_make_what_each_makes_alone(model):
         assert digests[name] == chain(model, name), name
 
 
-@pytest.mark.parametrize("decoder", ["vae", "light"])
+@pytest.mark.parametrize("decoder", ["full", "light"])
 def test_a_session_moved_through_a_recovery_point_goes_on_to_the_bit(decoder):
     """Suspend, migrate and recover all are this: a point here, a held session of it there."""
     model = make(tiny_parts(decoder))
@@ -105,6 +108,62 @@ def test_a_session_moved_through_a_recovery_point_goes_on_to_the_bit(decoder):
             node.close()
 
 
+DECODER_OF = {"b": "full", "c": "light", "d": "light", "e": "full", "f": ""}
+
+
+def test_sessions_with_different_decoders_share_passes_and_go_on_elsewhere_to_the_bit():
+    """Each chain is that of a model with its decoder alone; in mid-stream every session is suspended in one worker and
+    goes on in another from its recovery point, where the pages had been read ahead for some."""
+    both, node = make(tiny_parts()), Node(64 << 20, slab_bytes=1 << 16)
+    expected = {name: chain(make(tiny_parts(DECODER_OF[name] or "full")), name) for name in NAMES}
+    cost = MeasuredCost(1e-2, 1e-5, segment_max=len(NAMES))
+    engine = node.engine(both, slots=len(NAMES), cost=cost)
+    for name in NAMES:
+        engine.open(session_id(name), ord(name), request(name, 0).control, epoch=1, decoder=DECODER_OF[name])
+    digests = {name: [] for name in NAMES}
+    shape, moved = SnapshotShape(both.spec, both.state_layout(), "n"), 3
+    for index in range(CHUNKS):
+        if index == moved:
+            for name in NAMES:
+                engine.save(session_id(name))
+                point = node.store.latest(session_id(name))
+                fields = shape.tail_fields(DECODER_OF[name] or "full", Update.OVERWRITE)
+                assert point.tail_bytes == sum(one.nbytes for one in fields)
+                engine.close(session_id(name))
+            assert engine.pool.held_bytes() == 0
+            engine = node.engine(both, slots=len(NAMES), cost=cost)
+            for name in NAMES:
+                if name in "bc":
+                    engine.prepare(session_id(name))
+                assert engine.restore(session_id(name), ord(name), 2, DECODER_OF[name]) is not None
+        for name in NAMES:
+            engine.submit(session_id(name), request(name, index), 0.0)
+        for event in run_all(engine):
+            digests[event.session_id[0]].append(event.digest)
+    assert engine.stats.segments > 1.5 * engine.stats.passes  # prompts that are encoded late cost some sharing
+    assert digests == expected
+    assert len({chain[0] for chain in expected.values()}) == len(NAMES)
+    node.close()
+
+
+def test_a_point_made_with_another_decoder_is_no_session_s(caplog):
+    both, node = make(tiny_parts()), Node(64 << 20, slab_bytes=1 << 16)
+    source, target = node.engine(both), node.engine(both)
+    source.open(session_id("b"), 1, request("b", 0).control, decoder="light")
+    run(source, "b", 0, 1)
+    assert target.restore(session_id("b"), 1, decoder="full") is None and target.pool.held_bytes() == 0
+    assert "tail for decoder 'light', not 'full'" in caplog.text
+    assert target.restore(session_id("b"), 1, decoder="light") is not None
+    node.close()
+
+
+def test_a_decoder_that_is_not_offered_is_refused_and_nothing_is_held(model):
+    engine = engine_for(model, 1)
+    with pytest.raises(InvalidRequest, match=r"'full' is not offered.*expected one of light"):
+        engine.open(session_id("b"), 1, request("b", 0).control, decoder="full")
+    assert engine.pool.held_bytes() == 0
+
+
 def test_the_load_time_check_finds_equal_bits(model):
     pool = KvPool(model.state_layout(), 4)
     report = check_numerics(model, pool)
@@ -121,7 +180,7 @@ def test_a_prompt_is_encoded_while_the_chunk_before_it_is_made():
             asked.append(prompt)
             return parts.text.encode(prompt)
 
-    engine = engine_for(make(WanParts(parts.transformer, parts.decoder, Noted())), 1)
+    engine = engine_for(make(WanParts(parts.transformer, parts.decoders, Noted())), 1)
     engine.open(session_id("b"), 1, request("b", 0).control)
     run(engine, "b", 0, 3)
     engine.submit(session_id("b"), request("b", 3), 0.0)
@@ -145,7 +204,7 @@ def test_a_session_that_waits_for_its_prompt_holds_up_nobody():
             assert "bear" not in prompt or go.wait(30)
             return parts.text.encode(prompt)
 
-    model = make(WanParts(parts.transformer, parts.decoder, Slow()))
+    model = make(WanParts(parts.transformer, parts.decoders, Slow()))
     engine = engine_for(model, 2)
     for name in "bc":
         engine.open(session_id(name), ord(name), request(name, 0).control)

@@ -274,9 +274,9 @@ def test_a_peer_that_sends_what_is_not_its_to_send_is_dropped():
     assert isinstance(logic.on_message(GATEWAY, lease(), 0.2)[0], Drop)
 
 
-def test_sizes_and_prompt_switches_the_model_lacks_are_refused():
+def test_sizes_prompt_switches_and_decoders_the_model_lacks_are_refused():
     logic = connected()
-    for wrong in (open_session(width=9), open_session(prompt_switch="blend")):
+    for wrong in (open_session(width=9), open_session(prompt_switch="blend"), open_session(decoder="light")):
         [refused] = logic.on_message(CONTROLLER, wrong, 0.2)
         assert refused.message.code == "invalid_request"
 

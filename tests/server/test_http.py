@@ -62,6 +62,8 @@ async def test_create_answers_as_the_contract_says(server: Harness) -> None:
         ('{"prompt": "x", "steps": 1}', 422, "invalid_request"),
         ('{"prompt": "x", "size": "4000x4000"}', 422, "invalid_request"),
         ('{"prompt": "x", "prompt_switch": "blend"}', 422, "invalid_request"),
+        ('{"prompt": "x", "decoder": "light"}', 422, "invalid_request"),
+        ('{"prompt": "x", "decoder": ""}', 422, "invalid_request"),
         ('{"prompt": "x", "max_duration_s": 0}', 422, "invalid_request"),
         ('{"prompt": "x", "sekret_key": "sekret_value"}', 422, "invalid_request"),
         ('{"prompt": "x", "model": "nope"}', 422, "unknown_model"),

@@ -37,7 +37,7 @@ def opened(sid: str, **more) -> Opened:
 
 
 def story() -> list:
-    records: list = [opened(SIDS[0]), opened(SIDS[1], max_chunks=9)]
+    records: list = [opened(SIDS[0]), opened(SIDS[1], max_chunks=9, decoder="light")]
     for index in range(6):
         prompt = {0: "a red circle", 3: "a blue square"}.get(index)
         records.append(

@@ -24,7 +24,7 @@ FPS = 16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny-wan", "diffusers")
+    return write_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny-wan", light=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,14 @@ def asked(server: RunningServer, route: str) -> Any:
     return httpx.get(f"{server.url}{route}").json()
 
 
-def generated(folder: Path, out: Path, switch: str) -> list[str]:
+def generated(folder: Path, out: Path, switch: str, decoder: str = "full") -> list[str]:
     """The digests of the same stream by `turboserve generate`, without a server."""
     seconds, at_s = (9 + 12 * (CHUNKS - 1)) / FPS, (9 + 12 * (SWITCH_INDEX - 1)) / FPS
     done = CliRunner().invoke(
         main,
         ["generate", PROMPT, "--model", str(folder), "--seed", str(SEED), "--seconds", str(seconds), "--prompt-switch",
-         switch, "--at", f"{at_s}s={AFTER}", "-o", str(out / f"{switch}.mp4"), "--card", str(out / f"{switch}.json")],
+         switch, "--at", f"{at_s}s={AFTER}", "--decoder", decoder,
+         "-o", str(out / f"{switch}.mp4"), "--card", str(out / f"{switch}.json")],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     card = json.loads((out / f"{switch}.json").read_text())
@@ -79,6 +80,53 @@ async def test_a_folder_serves_in_every_prompt_switch_mode_with_the_frames_it_ma
     assert len(set(chains)) == 3 and len({one[:SWITCH_INDEX] for one in chains}) == 1
     workers = asked(server, "/v1/cluster")["workers"]
     assert [one["state"] for one in workers] == ["ready", "ready"]
+
+
+async def test_each_session_has_its_decoder_wherever_it_goes_and_its_card_proves_it(server, folder, tmp_path):
+    """A stream of each kind side by side; suspended, resumed and moved, both make what `generate` makes."""
+    assert asked(server, "/v1/models")["data"][0]["decoders"] == ["full", "light"]
+    for wrong in ("taew", "vae"):
+        async with httpx.AsyncClient(base_url=server.url) as http:
+            refused = await http.post("/v1/sessions", json={"prompt": PROMPT, "decoder": wrong})
+        assert refused.status_code == 422, refused.text
+        error = refused.json()["error"]
+        assert error["expected"] == "one of full, light" and error["message"].startswith("decoder is not offered")
+
+    async def moved(decoder: str) -> list[str]:
+        digests = []
+        async with (
+            AsyncSession(PROMPT, base_url=server.url, seed=SEED, pace="free", decoder=decoder) as session,
+            httpx.AsyncClient(base_url=server.url, timeout=60) as http,
+        ):
+            here = f"/v1/admin/sessions/{session.id}"
+            await session.update(AFTER, from_index=SWITCH_INDEX)
+            async for chunk in session:
+                digests.append(chunk.digest)
+                if len(digests) == 2:
+                    assert (await http.post(f"{here}/suspend")).status_code == 200
+                if len(digests) == SWITCH_INDEX + 1:
+                    worker = (await session.info())["worker"]
+                    other = {"w0": "w1", "w1": "w0"}[worker]
+                    assert (await http.post(f"{here}/migrate", json={"target": other})).status_code == 200
+                if len(digests) == CHUNKS:
+                    break
+            assert (await session.info())["decoder"] == decoder
+            card = (await http.get(f"/v1/sessions/{session.id}/card")).json()
+        assert card["decoder"] == decoder
+        (tmp_path / f"of-{decoder}.json").write_text(json.dumps(card))
+        return digests
+
+    kinds = ("full", "light")
+    made = dict(zip(kinds, await asyncio.gather(*(moved(one) for one in kinds)), strict=True))
+    for decoder, digests in made.items():
+        assert digests == generated(folder, tmp_path, "swap", decoder)
+        card = tmp_path / f"of-{decoder}.json"
+        verified = CliRunner().invoke(main, ["replay", str(card), "--model", str(folder), "--json"])
+        assert verified.exit_code == 0 and json.loads(verified.output)["verdict"] == "match", verified.output
+        other = json.loads(card.read_text()) | {"decoder": kinds[decoder == "full"]}
+        card.write_text(json.dumps(other))
+        verified = CliRunner().invoke(main, ["replay", str(card), "--model", str(folder), "--json"])
+        assert verified.exit_code == 1 and json.loads(verified.output)["first_wrong_index"] == 0
 
 
 async def test_suspended_and_migrated_in_the_middle_of_a_switch_the_frames_are_the_same(server, folder, tmp_path):

@@ -56,7 +56,7 @@ def _weights(path: Path) -> dict[str, Any]:
 
 
 def _model(path: Path, manifest: Any, profile: str | None, gpu_memory_gb: float, verify: bool) -> dict[str, Any]:
-    from turboserve.model.interface import moved_bytes, state_bytes
+    from turboserve.model.interface import moved_bytes, session_layout, state_bytes
     from turboserve.model.wan.manifest import full_digest, weight_files
 
     preset, problems = manifest.preset, []
@@ -78,7 +78,8 @@ def _model(path: Path, manifest: Any, profile: str | None, gpu_memory_gb: float,
             problems.append(str(error))
     layout = _layout(manifest)
     slot = preset.slot(manifest.size)
-    session_bytes = state_bytes(layout)
+    slot_bytes = state_bytes(layout)
+    by_decoder = {name: session_layout(layout, name) for name in manifest.decoders}
     on_gpu = [name for name in manifest.needed if name != "text_encoder" or manifest.text_device == "same"]
     weight_bytes = sum(_bytes_in_16_bits(manifest.paths[name]) for name in on_gpu if name in parts)
     room = gpu_memory_gb * 1e9 - weight_bytes - _WORKSPACE_BYTES
@@ -89,7 +90,7 @@ def _model(path: Path, manifest: Any, profile: str | None, gpu_memory_gb: float,
         "preset": preset.name,
         "about": preset.about,
         "size": manifest.size,
-        "decoder": manifest.decoder,
+        "decoders": list(manifest.decoders),
         "licence": manifest.licence,
         "notes": list(manifest.notes),
         "parts": parts,
@@ -99,16 +100,24 @@ def _model(path: Path, manifest: Any, profile: str | None, gpu_memory_gb: float,
         "prompt_switch": [one.value for one in preset.prompt_switch],
         "max_chunks": preset.max_chunks,
         "state_bytes": {
-            "session": session_bytes,
+            # A slot has room for a session with any of the decoders.
+            "session": slot_bytes,
             "moved": moved_bytes(layout),
-            "fields": {one.name: one.nbytes for one in layout if not one.name.startswith(("vae_", "light_"))}
-            | {"decoder": sum(one.nbytes for one in layout if one.name.startswith(("vae_", "light_")))},
+            "fields": {one.name: one.nbytes for one in layout if not one.decoder},
+            "by_decoder": {
+                name: {
+                    "session": state_bytes(fields),
+                    "moved": moved_bytes(fields),
+                    "decoder": sum(one.nbytes for one in fields if one.decoder),
+                }
+                for name, fields in by_decoder.items()
+            },
         },
         "sessions_per_gpu": {
             "gpu_memory_gb": gpu_memory_gb,
             "weights_bytes": weight_bytes,
             "workspace_bytes": int(_WORKSPACE_BYTES),
-            "sessions": max(0, int(room // session_bytes)),
+            "sessions": max(0, int(room // slot_bytes)),
         },
         "problems": problems,
         "servable": not problems,
@@ -152,18 +161,20 @@ def _layout(manifest: Any) -> tuple[Field, ...]:
     from turboserve.model.light_decoder import LightDecoder, LightDecoderConfig
     from turboserve.model.tensor_files import TensorFiles
     from turboserve.model.vae import VaeConfig, WanVaeDecoder
-    from turboserve.model.wan.layout import state_layout
+    from turboserve.model.wan.layout import FrameDecoder, state_layout
     from turboserve.model.wan.manifest import DECODERS
     from turboserve.model.wan.source import decoder_config
 
-    path = manifest.paths.get(DECODERS[manifest.decoder])
-    config: LightDecoderConfig | VaeConfig = LightDecoderConfig() if manifest.decoder == "light" else VaeConfig()
-    if path is not None and path.exists():
-        with TensorFiles.open(path) as files:
-            config = decoder_config(manifest, files)
-    with torch.device("meta"):
-        decoder = LightDecoder(config) if isinstance(config, LightDecoderConfig) else WanVaeDecoder(config)
-    return state_layout(manifest.preset, manifest.size, decoder, "bfloat16")
+    decoders: dict[str, FrameDecoder] = {}
+    for name in manifest.decoders:
+        path = manifest.paths.get(DECODERS[name])
+        config: LightDecoderConfig | VaeConfig = LightDecoderConfig() if name == "light" else VaeConfig()
+        if path is not None and path.exists():
+            with TensorFiles.open(path) as files:
+                config = decoder_config(manifest, name, files)
+        with torch.device("meta"):
+            decoders[name] = LightDecoder(config) if isinstance(config, LightDecoderConfig) else WanVaeDecoder(config)
+    return state_layout(manifest.preset, manifest.size, decoders, "bfloat16")
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
@@ -177,9 +188,14 @@ def lines_of(found: dict[str, Any]) -> list[str]:
             f"  {found['name']}, preset {found['preset']}: {found['about']}",
             f"  {found['size']}, steps at {', '.join(f'{one:g}' for one in found['timesteps'])}; "
             f"prompt switch {', '.join(found['prompt_switch'])}; licence {found['licence'] or 'not stated'}",
-            f"  one session: {human_bytes(state['session'])} in 16 bits ("
+            f"  a slot: {human_bytes(state['session'])} in 16 bits ("
             + ", ".join(f"{name} {human_bytes(size)}" for name, size in state["fields"].items())
-            + ")",
+            + ", and the largest decoder's memory)",
+            *(
+                f"  a session with the {name} decoder: {human_bytes(one['session'])}, of which "
+                f"{human_bytes(one['decoder'])} are the decoder's"
+                for name, one in state["by_decoder"].items()
+            ),
             f"  {gpu['sessions']} sessions fit a GPU of {gpu['gpu_memory_gb']:g} GB beside "
             f"{human_bytes(gpu['weights_bytes'])} of weights and {human_bytes(gpu['workspace_bytes'])} of workspace",
         ]

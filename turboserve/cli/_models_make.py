@@ -58,7 +58,7 @@ def compose_manifest(
     from turboserve.model.presets import find_preset, guess_preset
     from turboserve.model.tensor_files import TensorFiles
     from turboserve.model.wan.layout import transformer_config
-    from turboserve.model.wan.manifest import ModelManifest, full_digest, to_toml
+    from turboserve.model.wan.manifest import DECODERS, ModelManifest, full_digest, to_toml
     from turboserve.model.weights import shape_of_transformer
 
     if vae is None and light_decoder is None:
@@ -78,6 +78,10 @@ def compose_manifest(
         )
     paths = {"transformer": transformer, "text_encoder": text_encoder, "tokenizer": _tokenizer(text_encoder, tokenizer)}
     paths |= {key: path for key, path in (("vae", vae), ("light_decoder", light_decoder)) if path}
+    offered = tuple(one for one, part in DECODERS.items() if part in paths)
+    decoders = (decoder,) if decoder else offered
+    if decoder and decoder not in offered:
+        raise ConfigError(f"--decoder {decoder} without its part", expected=f"one of {', '.join(offered)}")
     resolved = {key: path.resolve() for key, path in paths.items()}
     size = size or chosen.size
     chosen.latent_size(size)
@@ -86,7 +90,7 @@ def compose_manifest(
         preset=chosen,
         size=size,
         paths=resolved,
-        decoder=decoder or ("vae" if vae else "light"),
+        decoders=decoders,
         text_device=text_device,
         licence=licence,
         sha256={key: full_digest(path) for key, path in resolved.items()},
@@ -99,7 +103,7 @@ def compose_manifest(
         "name": manifest.name,
         "preset": chosen.name,
         "size": size,
-        "decoder": manifest.decoder,
+        "decoders": list(manifest.decoders),
         "sha256": dict(manifest.sha256),
     }
 

@@ -40,6 +40,7 @@ class AtType(click.ParamType):
 @click.option("--model", default="shapes", help="A name from `turboserve models`, a folder or a model.toml.")
 @click.option("--steps", type=click.IntRange(1, 64), help="Denoise steps per chunk.  [default: the model's own]")
 @click.option("--prompt-switch", help="What a new prompt does to the past: swap, recache or blend.  [default: model's]")
+@click.option("--decoder", help="What makes frames of latents, such as full or light.  [default: the model's first]")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--scale", default=1, type=click.IntRange(1, 16), help="Enlarge every pixel so many times in the file.")
 @click.option(
@@ -58,6 +59,7 @@ def command(
     model: str,
     steps: int | None,
     prompt_switch: str | None,
+    decoder: str | None,
     device: str,
     scale: int,
     card_path: Path | None,
@@ -76,6 +78,7 @@ def command(
     spec = load_spec(model)
     switch = _switch(spec, prompt_switch)
     step_count = _steps(spec, steps)
+    decoder = _decoder(spec, decoder)
     frame_count = spec.frames_for(seconds)
     chunk_count = spec.chunks_for(frame_count)
     if spec.max_chunks is not None and chunk_count > spec.max_chunks:
@@ -107,7 +110,7 @@ def command(
     with VideoFile(output, spec.width * scale, spec.height * scale, spec.fps) as file:
         solo = Solo.load(model, device)
         pace = making.Pace(spec)
-        chunks = solo.stream(seed, making.requests(inputs, runs, chunk_count, switch))
+        chunks = solo.stream(seed, making.requests(inputs, runs, chunk_count, switch), decoder)
         for chunk in making.with_progress(chunks, chunk_count, pace, output.name):
             digests.append(chunk.digest)
             frames = chunk.frames[: frame_count - file.frame_count]
@@ -126,6 +129,7 @@ def command(
         digests=tuple(digests),
         numerics_id=solo.numerics.numerics_id,
         prompt_switch=switch,
+        decoder=decoder,
     )
     if card_path is not None:
         card_path.write_text(card.to_json(indent=2) + "\n")
@@ -136,6 +140,7 @@ def command(
         "numerics_id": solo.numerics.numerics_id,
         "seed": seed,
         "steps": step_count,
+        "decoder": decoder or None,
         "width": spec.width * scale,
         "height": spec.height * scale,
         "fps": spec.fps,
@@ -168,6 +173,15 @@ def _switch(spec: Any, wanted: str | None) -> str:
     if wanted is not None and wanted not in offered:
         raise click.BadParameter(f"{spec.name} does not offer {wanted!r}; expected one of {', '.join(offered)}")
     return wanted or offered[0]
+
+
+def _decoder(spec: Any, wanted: str | None) -> str:
+    from turboserve.errors import InvalidRequest
+
+    try:
+        return str(spec.decoder(wanted))
+    except InvalidRequest as error:
+        raise click.BadParameter(f"--decoder: {error.message}; expected {error.expected}") from None
 
 
 def _steps(spec: Any, wanted: int | None) -> int:

@@ -146,7 +146,7 @@ def convert(
 @click.option("--text-encoder", type=PATH, required=True, help="Folder with config.json and safetensors.")
 @click.option("--tokenizer", type=PATH, help="tokenizer.json.  [default: in or beside the text encoder]")
 @click.option("--light-decoder", type=PATH, help="A TAEHV-class decoder.")
-@click.option("--decoder", type=click.Choice(["vae", "light"]), help="Of both.  [default: vae]")
+@click.option("--decoder", type=click.Choice(["full", "light"]), help="Offer only this.  [default: each given]")
 @click.option("--preset", help="From model/presets.py.  [default: told by the transformer's shape]")
 @click.option("--name", help="What clients call it.  [default: the preset's]")
 @click.option("--size", help="WxH in pixels.  [default: the preset's]")

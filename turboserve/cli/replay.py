@@ -17,28 +17,31 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("card_path", metavar="CARD.json", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also save the video as mp4.")
+@click.option("--model", help="Where the model is: a name, a folder or a model.toml.  [default: the card's model]")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--force", is_flag=True, help="Make it even with other weights than the card's; it cannot match then.")
 @json_option
-def command(card_path: Path, output: Path | None, device: str, force: bool, as_json: bool) -> int:
+def command(card_path: Path, output: Path | None, model: str | None, device: str, force: bool, as_json: bool) -> int:
     """Make a stream again from its card and verify its digest chain.
 
     Exit code 0 means that every chunk came out as it was. A chain is promised within one class of machines (the
-    card's numerics_id); elsewhere the same card gives the same scene in other bits, and this says so.
+    card's numerics_id); elsewhere the same card gives the same scene in other bits, and this says so. The card of a
+    server that serves a folder names the model as the server does: say where it lies by --model.
     """
     from turboserve.card import Card
     from turboserve.errors import LayoutMismatch
     from turboserve.model.registry import load_spec
 
     card = Card.read(card_path)
-    spec = load_spec(card.model)
+    model = model or card.model
+    spec = load_spec(model)
     if spec.model_hash != card.model_hash and not force:
         raise LayoutMismatch(
             f"the card was made with other weights of {card.model} ({card.model_hash})",
             expected=f"model_hash {spec.model_hash}, which is what is installed here",
             hint="install the release it was made with, or make it anyway with --force: the chain will differ",
         )
-    result = _replay(card, output, device)
+    result = _replay(card, model, output, device)
     if as_json:
         print_json(result)
     else:
@@ -48,18 +51,19 @@ def command(card_path: Path, output: Path | None, device: str, force: bool, as_j
     return 0 if result["verdict"] == "match" else 1
 
 
-def _replay(card: Card, output: Path | None, device: str) -> dict[str, Any]:
+def _replay(card: Card, model: str, output: Path | None, device: str) -> dict[str, Any]:
     from turboserve.cli import _making as making
     from turboserve.model.registry import load_spec
     from turboserve.runtime.solo import Solo
     from turboserve.server.video_file import VideoFile
 
-    spec = load_spec(card.model)
+    spec = load_spec(model)
     digest, wrong = "", None
     with VideoFile(output, spec.width, spec.height, spec.fps) if output is not None else nullcontext() as file:
-        solo = Solo.load(card.model, device)
+        solo = Solo.load(model, device)
         pace = making.Pace(spec)
-        chunks = solo.stream(card.seed, making.requests(card.inputs, card.steps, card.chunk_count, card.prompt_switch))
+        asked = making.requests(card.inputs, card.steps, card.chunk_count, card.prompt_switch)
+        chunks = solo.stream(card.seed, asked, card.decoder)
         for chunk in making.with_progress(chunks, card.chunk_count, pace, "replay"):
             digest = chunk.digest
             if file is not None:

@@ -40,6 +40,7 @@ class AsyncSession:
         steps: int | None = None,
         size: str | None = None,
         prompt_switch: str | None = None,
+        decoder: str | None = None,
         allow_reduced_steps: bool | None = None,
         base_url: str | None = None,
         api_key: str | None = None,
@@ -54,6 +55,7 @@ class AsyncSession:
             "steps": steps,
             "size": size,
             "prompt_switch": prompt_switch,
+            "decoder": decoder,
             "allow_reduced_steps": allow_reduced_steps,
         }
         self._wish = {name: value for name, value in wish.items() if value is not None}

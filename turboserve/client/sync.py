@@ -53,6 +53,7 @@ class Options(TypedDict, total=False):
     steps: int | None
     size: str | None
     prompt_switch: str | None
+    decoder: str | None
     allow_reduced_steps: bool | None
     base_url: str | None
     api_key: str | None

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from turboserve.errors import InvalidRequest
 from turboserve.geometry import SlotGeometry, tensor_bytes
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ class PromptSwitch(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One tensor of a session's state. `page_axis` is set for APPEND_CHUNK: that axis is page_count long."""
+    """One tensor of a session's state. `page_axis` is set for APPEND_CHUNK: that axis is page_count long.
+
+    `decoder` names the sessions that have it: those that chose this decoder ("": all). A slot fits a session of either
+    kind, so fields of different decoders share one place in it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -83,6 +88,11 @@ class Field:
     update: Update
     rebuild: Rebuild = Rebuild.NONE
     page_axis: int | None = None
+    decoder: str = ""
+
+    def __post_init__(self) -> None:
+        # What is read ahead into a prepared slot is read before it is known which decoder the session has.
+        assert not (self.decoder and self.update is Update.APPEND_CHUNK), f"{self.name}: pages belong to all sessions"
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +124,7 @@ class ModelSpec:
     recovery_every_chunks: int = 1  # how often a session's recovery point is written as it goes
     max_chunks: int | None = None  # absolute rotary positions end somewhere; None: a stream may last for ever
     about: str = ""
+    decoders: tuple[str, ...] = ()  # frame decoders a session may choose from, the default first; (): there is one
 
     @property
     def chunk_s(self) -> float:
@@ -122,6 +133,13 @@ class ModelSpec:
 
     def chunk_frames(self, chunk_index: int) -> int:
         return self.chunk_frames_first if chunk_index == 0 else self.chunk_frames_rest
+
+    def decoder(self, wanted: str | None) -> str:
+        """The decoder a session gets: the one wanted, or the default. InvalidRequest for one that is not offered."""
+        if wanted and wanted not in self.decoders:
+            offered = f"one of {', '.join(self.decoders)}" if self.decoders else "no decoder: this model has one alone"
+            raise InvalidRequest(f"decoder {wanted[:64]!r} is not offered by {self.name}", expected=offered)
+        return wanted or (self.decoders[0] if self.decoders else "")
 
     def frames_before(self, chunk_index: int) -> int:
         """Pixel frames of all chunks before this one."""
@@ -170,7 +188,7 @@ class SessionTensors:
     """All that one session keeps: views into the runtime's slabs, one per declared field, and small scalars.
 
     `scalars` holds JSON-able values only (they are saved and moved with the session); `next_chunk_index` is the
-    chunk that comes next and moves on when a context pass commits.
+    chunk that comes next and moves on when a context pass commits. `decoder` is one of the spec's ("": its default).
     """
 
     session_id: str
@@ -180,6 +198,7 @@ class SessionTensors:
     next_chunk_index: int = 0
     control: Control | None = None
     scalars: dict[str, Any] = field(default_factory=dict)
+    decoder: str = ""
 
 
 @dataclass(slots=True)
@@ -235,7 +254,10 @@ class StreamingModel(Protocol):
     def device(self) -> torch.device: ...
 
     def state_layout(self) -> tuple[Field, ...]:
-        """Every tensor of a session's state. Admission, offload order, manifests and snapshots follow from it."""
+        """Every tensor of a session's state. Admission, offload order, manifests and snapshots follow from it.
+
+        Where sessions choose their decoder it lists the fields of every decoder; `session_layout` tells what one has.
+        """
         ...
 
     def begin(self, state: SessionTensors, control: Control) -> None:
@@ -282,11 +304,24 @@ def layout_hash(layout: Sequence[Field]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def session_layout(layout: Sequence[Field], decoder: str) -> tuple[Field, ...]:
+    """The fields that a session with this decoder has."""
+    return tuple(one for one in layout if one.decoder in ("", decoder))
+
+
 def state_bytes(layout: Sequence[Field], tier: Tier | None = None) -> int:
-    """Bytes per session, of one tier or of all; scratch included."""
-    return sum(one.nbytes for one in layout if tier is None or one.tier is tier)
+    """Bytes of a slot, of one tier or of all; scratch included. Of the decoders' fields those of the largest count,
+    so for the `session_layout` of one decoder this is what such a session has."""
+    tiers = Tier if tier is None else (tier,)
+    return sum(_largest_bytes([field for field in layout if field.tier is one]) for one in tiers)
 
 
 def moved_bytes(layout: Sequence[Field]) -> int:
-    """Bytes that leave with a session: everything but scratch."""
-    return sum(one.nbytes for one in layout if one.update is not Update.SCRATCH)
+    """Bytes that leave with a session: everything but scratch, with the decoder whose fields are largest."""
+    return _largest_bytes([one for one in layout if one.update is not Update.SCRATCH])
+
+
+def _largest_bytes(layout: Sequence[Field]) -> int:
+    decoders = {one.decoder for one in layout} - {""}
+    common = sum(one.nbytes for one in layout if not one.decoder)
+    return common + max((sum(one.nbytes for one in layout if one.decoder == name) for name in decoders), default=0)

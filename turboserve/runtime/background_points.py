@@ -98,6 +98,7 @@ class BackgroundPoints:
             next_chunk_index=state.next_chunk_index,
             control=state.control,
             scalars=copy.deepcopy(state.scalars),
+            decoder=state.decoder,
         )
         return replace(session, state=frozen, kept=deque(session.kept), saved=False, queue=[], job=None)
 

@@ -56,6 +56,7 @@ class ControllerOpening(ControllerStorage):
                     prompt=asked.prompt,
                     prompt_version=asked.prompt_version,
                     prompt_switch=asked.prompt_switch,
+                    decoder=asked.decoder,
                     next_index=asked.next_index,
                     restore=(kind is not Kind.PLACE or live.began) and not live.anew,
                     adopt=kind is Kind.ABORT,

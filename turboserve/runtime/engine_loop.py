@@ -170,11 +170,11 @@ class EngineLoop:
             if not command.restore:
                 raise NotFound(f"session {session_id} is not on this worker any more")
         if command.restore:
-            restored = self._engine.restore(session_id, command.seed, command.epoch)
+            restored = self._engine.restore(session_id, command.seed, command.epoch, command.decoder)
             if restored is not None:
                 next_index = self._engine.next_chunk_index(session_id)
                 return e.Opened(session_id, next_index, restored=True, made=restored.chunks)
-        self._engine.open(session_id, command.seed, command.control, command.epoch)
+        self._engine.open(session_id, command.seed, command.control, command.epoch, command.decoder)
         return e.Opened(session_id)
 
     def _prepare(self, command: e.Prepare) -> None:

@@ -78,16 +78,16 @@ class EngineSessions:
 
     # ------------------------------------------------------------------ coming
 
-    def open(self, session_id: str, seed: int, control: Control, epoch: int = 0) -> None:
+    def open(self, session_id: str, seed: int, control: Control, epoch: int = 0, decoder: str = "") -> None:
         """Take a slot and begin. PoolExhausted or what the model raises; then nothing is held."""
         if session_id in self._prepared:
             self.drop_prepared(session_id)  # it must begin in a slot that was wiped
-        session = hold_session(self.pool, self.model, session_id, seed, control, epoch)
+        session = hold_session(self.pool, self.model, session_id, seed, control, epoch, decoder)
         failpoint("worker.open.begun")
         session.point_every = self._every_chunks
         self._sessions[session_id] = session
 
-    def restore(self, session_id: str, seed: int, epoch: int = 0) -> Restored | None:
+    def restore(self, session_id: str, seed: int, epoch: int = 0, decoder: str = "") -> Restored | None:
         """Go on from the session's newest recovery point; None when there is none that fits, and nothing is held then.
 
         PoolExhausted when no slot is free. A slot that was prepared is used.
@@ -100,8 +100,9 @@ class EngineSessions:
             loaded = {}
         failpoint("worker.open.begun")
         try:
-            slot = self.pool.held[session_id]
-            state = SessionTensors(session_id=session_id, seed=seed, slot=slot, tensors=self.pool.tensors(session_id))
+            slot, decoder = self.pool.held[session_id], self.model.spec.decoder(decoder)
+            tensors = self.pool.tensors(session_id, decoder)
+            state = SessionTensors(session_id=session_id, seed=seed, slot=slot, tensors=tensors, decoder=decoder)
             with span("restore", session_id):
                 restored = self.points.read(state, loaded)
         except BaseException:

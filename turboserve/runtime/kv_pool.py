@@ -1,8 +1,10 @@
 """Memory of a worker's sessions: one slab per declared field, one slot per session, every byte accounted for.
 
 A slab is one tensor [slots, *field.shape]; a session holds the same slot number in every slab, so there is a single
-free list and a session's state is a view. Promise P3 (bytes are conserved: free + held == total) is checked after
-every change, not sampled. A slot is zeroed when it is given back, so nothing of one session can be read by another.
+free list and a session's state is a view. Fields that only sessions with a certain decoder have share one more slab:
+each decoder's lie there one behind the other, and a slot has room for the largest set. Promise P3 (bytes are
+conserved: free + held == total) is checked after every change, not sampled. A slot is zeroed when it is given back, so
+nothing of one session can be read by another.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from turboserve.errors import ConfigError, Conflict, NotFound, PoolExhausted, StateError
-from turboserve.model.interface import Field, Tier, state_bytes
+from turboserve.model.interface import Field, Tier, session_layout, state_bytes
 
 WORKSPACE_BYTES_MAX = 8 << 30
 
@@ -54,17 +56,23 @@ class KvPool:
         self.layout = tuple(layout)
         self.slot_count = slot_count
         self.device = torch.device(device)
-        self._slabs = {one.name: self._slab(one) for one in self.layout}
+        self._slabs = {one.name: self._slab(one.tier, one.shape, one.dtype) for one in self.layout if not one.decoder}
+        own = [one for one in self.layout if one.decoder]
+        self._offsets = _offsets(own)
+        self._shared = {
+            tier: self._slab(tier, (state_bytes([one for one in own if one.tier is tier]),), "uint8")
+            for tier in sorted({one.tier for one in own})
+        }
         # The lowest free slot is given first: warm memory, and the same slots in a repeated run.
         self._free = list(range(slot_count))
         self._held: dict[str, int] = {}
 
-    def _slab(self, one: Field) -> torch.Tensor:
-        on_host = one.tier is Tier.HOST
+    def _slab(self, tier: Tier, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        on_host = tier is Tier.HOST
         pinned = on_host and self.device.type == "cuda"
         return torch.zeros(
-            (self.slot_count, *one.shape),
-            dtype=torch_dtype(one.dtype),
+            (self.slot_count, *shape),
+            dtype=torch_dtype(dtype),
             device="cpu" if on_host else self.device,
             pin_memory=pinned,
         )
@@ -107,18 +115,24 @@ class KvPool:
         slot = self._held.get(session_id)
         if slot is None:
             raise NotFound(f"session {session_id} holds no slot")
-        for slab in self._slabs.values():
+        for slab in (*self._slabs.values(), *self._shared.values()):
             slab[slot].zero_()
         del self._held[session_id]
         heapq.heappush(self._free, slot)
         self.check()
 
-    def tensors(self, session_id: str) -> dict[str, torch.Tensor]:
-        """A session's view of every slab, by field name."""
+    def tensors(self, session_id: str, decoder: str = "") -> dict[str, torch.Tensor]:
+        """A session's view of its fields, by name; without a decoder, of those that all sessions have."""
         slot = self._held.get(session_id)
         if slot is None:
             raise NotFound(f"session {session_id} holds no slot")
-        return {name: slab[slot] for name, slab in self._slabs.items()}
+        return {one.name: self._view(one, slot) for one in session_layout(self.layout, decoder)}
+
+    def _view(self, one: Field, slot: int) -> torch.Tensor:
+        if not one.decoder:
+            return self._slabs[one.name][slot]
+        begin = self._offsets[one.name]
+        return self._shared[one.tier][slot, begin : begin + one.nbytes].view(torch_dtype(one.dtype)).view(one.shape)
 
     def check(self) -> None:
         """P3 over slots and bytes; StateError says what does not add up. Cheap: no tensor is touched."""
@@ -126,10 +140,22 @@ class KvPool:
         if slots != list(range(self.slot_count)):
             raise StateError(f"slots lost or doubled: free {sorted(self._free)}, held {self._held}")
         for tier in Tier:
-            allocated = sum(
-                math.prod(self._slabs[one.name].shape) * self._slabs[one.name].element_size()
-                for one in self.layout
-                if one.tier is tier
-            )
+            slabs = [self._slabs[one.name] for one in self.layout if one.tier is tier and not one.decoder]
+            slabs += [slab for shared, slab in self._shared.items() if shared is tier]
+            allocated = sum(math.prod(slab.shape) * slab.element_size() for slab in slabs)
             if not self.free_bytes(tier) + self.held_bytes(tier) == self.total_bytes(tier) == allocated:
                 raise StateError(f"{tier} bytes do not add up", expected=f"{allocated} bytes free or held")
+
+
+def _offsets(fields: Sequence[Field]) -> dict[str, int]:
+    """Where the decoders' fields begin in their shared place, each decoder's from 0 on. StateError for one that would
+    not lie at a multiple of its items: padding would be bytes that no layout declares."""
+    ends: dict[tuple[Tier, str], int] = {}
+    begins = {}
+    for one in fields:
+        item = torch_dtype(one.dtype).itemsize
+        begins[one.name] = begin = ends.get((one.tier, one.decoder), 0)
+        ends[one.tier, one.decoder] = begin + one.nbytes
+        if begin % item or state_bytes([other for other in fields if other.tier is one.tier]) % item:
+            raise StateError(f"field {one.name} would begin in the middle of an item", expected=f"multiples of {item}")
+    return begins

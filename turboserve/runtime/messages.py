@@ -262,6 +262,8 @@ class OpenSession(Message, frozen=True, kw_only=True):
     prompt: Prompt
     prompt_version: Count = 1
     prompt_switch: ShortText = "swap"
+    decoder: ShortText = ""
+    """Of those the model offers; "": its default."""
     next_index: Count = 0
     restore: bool = False
     """Go on from the newest recovery point, if there is one for this model, layout and numerics_id; else begin anew."""
@@ -462,6 +464,7 @@ class CreateSession(Message, frozen=True, kw_only=True):
     steps: Count
     prompt: Prompt
     prompt_switch: ShortText = "swap"
+    decoder: ShortText = ""
     allow_reduced_steps: bool = True
     next_index: Count = 0
     prompt_version: Count = 1

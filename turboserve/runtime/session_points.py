@@ -16,7 +16,7 @@ gives back what it took and leaves that one in place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from turboserve.errors import CorruptState, InvalidRequest, NotFound
-from turboserve.model.interface import Control, SessionTensors, Update
+from turboserve.model.interface import Control, Field, SessionTensors, Update
 from turboserve.runtime.arena import ExtentId
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.recovery_store import PageRef, RecoveryPoint, RecoveryStore
@@ -59,7 +59,7 @@ class _KeptChunk(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Meta(msgspec.Struct, frozen=True):
-    """What a point says besides its bytes. `control` is (prompt, version)."""
+    """What a point says besides its bytes. `control` is (prompt, version), `decoder` what its tail is made for."""
 
     model_hash: str
     layout_hash: str
@@ -68,6 +68,7 @@ class _Meta(msgspec.Struct, frozen=True):
     control: tuple[str, int] | None
     scalars: dict[str, Any]
     chunks: list[_KeptChunk]
+    decoder: str = ""
 
 
 @dataclass(slots=True)
@@ -105,8 +106,6 @@ class SessionPoints:
         self._copies = copies or HostCopies()
         self._shape = shape
         self._identity = PointIdentity(shape.spec.model_hash, shape.layout_hash, shape.numerics_id)
-        self._prompted = [one for one in shape.tail_fields if one.update is Update.PER_PROMPT]
-        self._tail = [one for one in shape.tail_fields if one.update is Update.OVERWRITE]
         self._written: dict[str, _Written] = {}
 
     # ------------------------------------------------------------------ write
@@ -146,7 +145,7 @@ class SessionPoints:
                     put.append(ref)
                 now.pages[chunk] = ref
             now.prompt, now.prompt_of = before.prompt, before.prompt_of
-            if self._prompted and (now.prompt is None or now.prompt_of != state.control):
+            if self._prompted(state) and (now.prompt is None or now.prompt_of != state.control):
                 now.prompt, now.prompt_of = self._put_prompt(state, epoch), state.control
                 put.append(now.prompt)
             for kept in session.kept:
@@ -169,7 +168,7 @@ class SessionPoints:
 
     def _commit_point(self, session: HeldSession, epoch: int, pages: list[PageRef]) -> RecoveryPoint:
         state = session.state
-        tail = field_pieces(self._tail, state.tensors)
+        tail = field_pieces(self._tail(state), state.tensors)
         tail_bytes = sum(one.numel() for one in tail)
         pending = self._store.begin_point(
             state.session_id,
@@ -191,7 +190,7 @@ class SessionPoints:
         return self._put(state, epoch, f"{_PAGE}/{chunk}", chunk, pieces)
 
     def _put_prompt(self, state: SessionTensors, epoch: int) -> PageRef:
-        pieces = field_pieces(self._prompted, state.tensors)
+        pieces = field_pieces(self._prompted(state), state.tensors)
         return self._put(state, epoch, _PROMPT, state.next_chunk_index, pieces)
 
     def _put(self, state: SessionTensors, epoch: int, key: str, chunk: int, pieces: list[torch.Tensor]) -> PageRef:
@@ -203,6 +202,12 @@ class SessionPoints:
         except BaseException:
             pending.cancel()
             raise
+
+    def _prompted(self, state: SessionTensors) -> Sequence[Field]:
+        return self._shape.tail_fields(state.decoder, Update.PER_PROMPT)
+
+    def _tail(self, state: SessionTensors) -> Sequence[Field]:
+        return self._shape.tail_fields(state.decoder, Update.OVERWRITE)
 
     def _meta(self, session: HeldSession) -> bytes:
         state = session.state
@@ -218,6 +223,7 @@ class SessionPoints:
             control=None if state.control is None else (state.control.prompt, state.control.version),
             scalars=state.scalars,
             chunks=chunks,
+            decoder=state.decoder,
         )
         return msgspec.msgpack.encode(meta)
 
@@ -285,6 +291,11 @@ class SessionPoints:
         if has != (needs := self._shape.page_chunks(point.chunk)):
             log.warning("recovery point of %s has the pages of chunks %s, it needs %s", point.session, has, needs)
             return None
+        if meta.decoder != state.decoder:
+            log.warning(
+                "recovery point of %s has a tail for decoder %r, not %r", point.session, meta.decoder, state.decoder
+            )
+            return None
         return meta
 
     def _read(
@@ -299,12 +310,12 @@ class SessionPoints:
                     self._load_page(state.tensors, ref)
                 written.pages[ref.chunk] = ref
             elif kind == _PROMPT:
-                self._load(field_pieces(self._prompted, state.tensors), ref)
+                self._load(field_pieces(self._prompted(state), state.tensors), ref)
                 written.prompt = ref
             else:
                 frames[ref.chunk] = self._bytes(ref)
                 written.frames[ref.chunk] = ref
-        self._bring(self._store.read_tail(point), field_pieces(self._tail, state.tensors))
+        self._bring(self._store.read_tail(point), field_pieces(self._tail(state), state.tensors))
         if self._store.arena.get(point.extent.id) is None:
             raise NotFound("the point was dropped")
         state.next_chunk_index = point.chunk

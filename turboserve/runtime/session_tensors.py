@@ -108,12 +108,20 @@ class HeldSession:
 
 
 def hold_session(
-    pool: KvPool, model: StreamingModel, session_id: str, seed: int, control: Control, epoch: int = 0
+    pool: KvPool,
+    model: StreamingModel,
+    session_id: str,
+    seed: int,
+    control: Control,
+    epoch: int = 0,
+    decoder: str = "",
 ) -> HeldSession:
     """Take a slot and begin a session in it; on any failure the slot goes back."""
+    decoder = model.spec.decoder(decoder)
     slot = pool.acquire(session_id)
     try:
-        state = SessionTensors(session_id=session_id, seed=seed, slot=slot, tensors=pool.tensors(session_id))
+        tensors = pool.tensors(session_id, decoder)
+        state = SessionTensors(session_id=session_id, seed=seed, slot=slot, tensors=tensors, decoder=decoder)
         model.begin(state, control)
     except BaseException:
         pool.release(session_id)

@@ -3,7 +3,7 @@
 Per session there is
 
 - *pages*: for each finished chunk that later ones can see, its slice of every APPEND_CHUNK field;
-- the *tail*: every PER_PROMPT and OVERWRITE field, whole, in the order of the layout.
+- the *tail*: every PER_PROMPT and OVERWRITE field that its decoder gives it, whole, in the order of the layout.
 
 SCRATCH never moves, and neither does the page that the next chunk overwrites before it reads. Bytes lie as in memory,
 row-major; both ends have equal layout hashes, so no shapes travel. `session_points.SessionPoints` writes and reads
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from turboserve.model.interface import Field, ModelSpec, Update, layout_hash
+from turboserve.model.interface import Field, ModelSpec, Update, layout_hash, session_layout
 from turboserve.runtime.arena import address_of
 
 
@@ -42,9 +42,16 @@ class SnapshotShape:
         self.numerics_id = numerics_id
         self.layout_hash = layout_hash(layout)
         self.page_fields = tuple(one for one in layout if one.update is Update.APPEND_CHUNK)
-        self.tail_fields = tuple(one for one in layout if one.update in (Update.PER_PROMPT, Update.OVERWRITE))
         self.page_bytes = sum(one.page_bytes for one in self.page_fields)
-        self.tail_bytes = sum(one.nbytes for one in self.tail_fields)
+        self._tail_fields = tuple(one for one in layout if one.update in (Update.PER_PROMPT, Update.OVERWRITE))
+
+    def tail_fields(self, decoder: str = "", update: Update | None = None) -> tuple[Field, ...]:
+        """What the tail of a session with this decoder ("": the default) is made of; of one kind of update, or all."""
+        fields = session_layout(self._tail_fields, self.spec.decoder(decoder))
+        return tuple(one for one in fields if update in (None, one.update))
+
+    def tail_bytes(self, decoder: str = "") -> int:
+        return sum(one.nbytes for one in self.tail_fields(decoder))
 
     def page_chunks(self, next_chunk_index: int) -> tuple[int, ...]:
         """The chunks whose pages a session needs when `next_chunk_index` comes next, oldest first."""

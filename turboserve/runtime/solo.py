@@ -42,13 +42,13 @@ class Solo:
         set_up_determinism(torch.device(device))
         return cls(load_model(name, device))
 
-    def stream(self, seed: int, requests: Iterable[ChunkRequest]) -> Iterator[FinishedChunk]:
+    def stream(self, seed: int, requests: Iterable[ChunkRequest], decoder: str = "") -> Iterator[FinishedChunk]:
         """Chunks in order, each handed out before its context pass runs; the slot is given back in every case."""
         engine, session_id, opened = self._engine, new_session_id(), False
         try:
             for request in requests:
                 if not opened:
-                    engine.open(session_id, seed, request.control)
+                    engine.open(session_id, seed, request.control, decoder=decoder)
                     opened = True
                 engine.submit(session_id, request, time.monotonic() + self.model.spec.chunk_s)
                 while engine.has_work:

@@ -290,3 +290,16 @@ def request_of(credit: m.Credit) -> ChunkRequest:
         control=Control(credit.prompt, credit.prompt_version),
         prompt_switch=PromptSwitch(credit.prompt_switch),
     )
+
+
+def open_command(asked: m.OpenSession, adopt_epoch: int | None = None) -> e.Open:
+    """What the engine is told of an order to hold a session."""
+    return e.Open(
+        asked.session_id,
+        asked.epoch,
+        asked.seed,
+        Control(asked.prompt, asked.prompt_version),
+        restore=asked.restore,
+        adopt_epoch=adopt_epoch,
+        decoder=asked.decoder,
+    )

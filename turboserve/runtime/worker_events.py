@@ -145,6 +145,7 @@ class Open:
     control: Control
     restore: bool = False
     adopt_epoch: int | None = None
+    decoder: str = ""
 
 
 @dataclass(frozen=True, slots=True)

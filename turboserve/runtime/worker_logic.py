@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from turboserve.model.interface import Control, ModelSpec
+from turboserve.model.interface import ModelSpec
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
 from turboserve.runtime.worker_books import (
@@ -41,6 +41,7 @@ from turboserve.runtime.worker_books import (
     Send,
     Session,
     Stop,
+    open_command,
 )
 from turboserve.runtime.worker_far import POINTS_TOLD_S
 from turboserve.runtime.worker_moves import PREPARED_KEEP_S, WorkerMoves, handlers
@@ -266,17 +267,13 @@ class WorkerLogic(WorkerMoves):
         # Without a recovery point a session begins anew whatever `next_index` says: SessionOpened then names chunk 0,
         # and the gateway gives the credits of its log again. Exact, if slow.
         self.sessions[asked.session_id] = Session(asked.epoch, asked.epoch)
-        control = Control(asked.prompt, asked.prompt_version)
-        self._out.append(e.Open(asked.session_id, asked.epoch, asked.seed, control, restore=asked.restore))
+        self._out.append(open_command(asked))
 
     def _adopt(self, asked: m.OpenSession, held: Session) -> None:
         """A move was given up, or its controller was: what is held goes on under a newer epoch."""
         former, held.epoch = held.epoch, asked.epoch
         held.phase, held.handed_over, held.stopped, held.move_id = Phase.OPENING, None, None, 0
-        control = Control(asked.prompt, asked.prompt_version)
-        self._out.append(
-            e.Open(asked.session_id, asked.epoch, asked.seed, control, restore=asked.restore, adopt_epoch=former)
-        )
+        self._out.append(open_command(asked, adopt_epoch=former))
 
     def _why_not_open(self, asked: m.OpenSession) -> tuple[str, str] | None:
         if asked.adopt and not asked.restore:
@@ -285,6 +282,8 @@ class WorkerLogic(WorkerMoves):
             return "invalid_request", f"this worker makes {self._spec.width}x{self._spec.height} only"
         if asked.prompt_switch not in self._spec.prompt_switch:
             return "invalid_request", f"this model cannot {asked.prompt_switch!r} on a new prompt"
+        if asked.decoder and asked.decoder not in self._spec.decoders:
+            return "invalid_request", f"this worker has no decoder {asked.decoder!r}"
         if self.draining:
             return "overloaded", "this worker is draining"
         return None

@@ -35,6 +35,7 @@ class CreateSessionBody(Body):
     steps: StrictInt | None = Field(default=None, ge=1, le=64)
     size: StrictStr | None = Field(default=None, max_length=16)
     prompt_switch: Literal["swap", "recache", "blend"] | None = None
+    decoder: StrictStr | None = Field(default=None, min_length=1, max_length=32)
     allow_reduced_steps: StrictBool = True
 
 

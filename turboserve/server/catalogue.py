@@ -22,6 +22,7 @@ class Choice:
     clock: StreamClock
     steps: int
     prompt_switch: str
+    decoder: str
     max_chunks: int | None
 
 
@@ -61,6 +62,7 @@ class Catalogue:
         size: str | None,
         steps: int | None,
         prompt_switch: str | None,
+        decoder: str | None,
         max_duration_s: float | None,
     ) -> Choice:
         """Check a wish against the model; InvalidRequest names the field and what would do."""
@@ -78,8 +80,15 @@ class Catalogue:
             clock=self.clock,
             steps=steps or spec.denoise_steps,
             prompt_switch=prompt_switch or switches[0],
+            decoder=self._decoder(decoder),
             max_chunks=self.chunks_for(max_duration_s),
         )
+
+    def _decoder(self, wanted: str | None) -> str:
+        try:
+            return self.spec.decoder(wanted)
+        except InvalidRequest as error:
+            raise _field("decoder", "is not offered by this model", error.expected or "") from None
 
     def chunks_for(self, video_s: float | None) -> int | None:
         """Fewest chunks that hold so much video; the model's own end if that comes first."""
@@ -120,6 +129,7 @@ class Catalogue:
             "steps": spec.denoise_steps,
             "steps_floor": spec.denoise_steps_floor,
             "prompt_switch": [one.value for one in spec.prompt_switch],
+            "decoders": list(spec.decoders),
             "max_chunks": spec.max_chunks,
             "formats": ["h264", "jpeg", "mp4", "raw"],
             "playback_rate": self._config.playback_rate,

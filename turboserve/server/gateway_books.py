@@ -72,6 +72,7 @@ class GatewayBooks:
             seed=wish.seed,
             format=wish.format,
             prompt_switch=wish.prompt_switch,
+            decoder=wish.decoder,
             max_chunks=wish.max_chunks,
             tokens=AttachTokens(token_hash(wish.token)),
             prompts=PromptLine(inputs=[(0, 1, wish.prompt)], steps=[(0, wish.steps)]),

@@ -30,6 +30,7 @@ class NewSession:
     format: str
     prompt: str
     prompt_switch: str = "swap"
+    decoder: str = ""
     allow_reduced_steps: bool = True
     max_chunks: int | None = None
     created_unix_s: float = 0.0
@@ -60,6 +61,7 @@ def create_message(
         steps=wish.steps,
         prompt=wish.prompt,
         prompt_switch=wish.prompt_switch,
+        decoder=wish.decoder,
         allow_reduced_steps=wish.allow_reduced_steps,
         next_index=next_index,
         adopt=adopt,
@@ -87,6 +89,7 @@ def wish_of(logged: LoggedSession, shape: StreamShape, clock: StreamClock) -> Ne
         format=opened.format,
         prompt=opened.prompt,
         prompt_switch=opened.prompt_switch,
+        decoder=opened.decoder,
         allow_reduced_steps=opened.allow_reduced_steps,
         max_chunks=opened.max_chunks,
     )
@@ -105,6 +108,7 @@ def opened_record(wish: NewSession) -> Opened:
         format=wish.format,
         prompt=wish.prompt,
         prompt_switch=wish.prompt_switch,
+        decoder=wish.decoder,
         token_hash=token_hash(wish.token),
         created_unix_s=wish.created_unix_s,
         allow_reduced_steps=wish.allow_reduced_steps,

@@ -40,6 +40,7 @@ class Opened(Record, kw_only=True, frozen=True):
     max_chunks: int | None = None
     tenant_weight: float = 1.0
     wide: bool = False
+    decoder: str = ""
 
 
 class Rotated(Record, kw_only=True, frozen=True):

@@ -65,6 +65,7 @@ def new_session(
         format=format,
         prompt=prompt,
         prompt_switch=choice.prompt_switch,
+        decoder=choice.decoder,
         allow_reduced_steps=allow_reduced_steps,
         max_chunks=choice.max_chunks,
         created_unix_s=time.time(),
@@ -83,6 +84,7 @@ async def create_session(request: Request) -> JSONResponse:
         size=body.size,
         steps=body.steps,
         prompt_switch=body.prompt_switch,
+        decoder=body.decoder,
         max_duration_s=body.max_duration_s,
     )
     wish = new_session(
@@ -129,6 +131,7 @@ def facts(request: Request, session: SessionStream) -> dict[str, Any]:
         "format": session.format,
         "steps": session.steps,
         "prompt_switch": session.prompt_switch,
+        "decoder": session.decoder or None,
         "chunk_frames": {"first": shape.chunk_frames_first, "rest": shape.chunk_frames_rest},
         "playback_rate": gateway.config.playback_rate,
     }
@@ -258,6 +261,7 @@ def card_of(session: SessionStream) -> Card:
         digests=session.digests.all(count),
         numerics_id=session.numerics_id,
         prompt_switch=session.prompt_switch,
+        decoder=session.decoder,
     )
 
 

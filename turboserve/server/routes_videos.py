@@ -57,7 +57,7 @@ async def create_video(request: Request) -> JSONResponse:
         )
         return JSONResponse(made.as_json(_kept_s(request)))
     choice = catalogue.choose(
-        model=body.model, size=body.size, steps=body.steps, prompt_switch=None, max_duration_s=seconds
+        model=body.model, size=body.size, steps=body.steps, prompt_switch=None, decoder=None, max_duration_s=seconds
     )
     wish = new_session(identity=identity, choice=choice, prompt=prompt, seed=body.seed, format="mp4")
     catalogue.check_prompt(prompt, wish.seed)

@@ -43,6 +43,7 @@ class SessionFacts:
     slow_close_s: float
     session_s: float
     wish: Any = None
+    decoder: str = ""
 
     bound: int = 0
     durable: int = 0

@@ -15,7 +15,7 @@ from turboserve.cli.main import main
 from turboserve.errors import CheckpointError, ConfigError, UnknownModel
 from turboserve.model import convert
 from turboserve.model.dit import CausalVideoTransformer
-from turboserve.model.interface import ChunkRequest, Control, SessionTensors, pack
+from turboserve.model.interface import ChunkRequest, Control, SessionTensors, pack, state_bytes
 from turboserve.model.random_weights import fill_random
 from turboserve.model.registry import load_model, load_spec, resolve
 from turboserve.model.wan.layout import transformer_config
@@ -176,6 +176,41 @@ def test_a_transformer_of_another_shape_is_refused(folders, tmp_path):
         load_model(str(tmp_path))
 
 
+def test_both_decoders_are_offered_where_both_are_there_and_one_alone_on_request(tmp_path):
+    """Told by the folder, by a model.toml that names both parts, by its list, and by the key of earlier files."""
+    folder = write_tiny(tmp_path / "both", light=True)
+    assert load_spec(str(folder)).decoders == ("full", "light")
+    found = run_json("inspect", folder)
+    assert found["servable"] and found["decoders"] == ["full", "light"]
+    of_slot, by_decoder = found["state_bytes"], found["state_bytes"]["by_decoder"]
+    common = sum(of_slot["fields"].values())
+    assert all(one["session"] == common + one["decoder"] for one in by_decoder.values())
+    assert of_slot["session"] == by_decoder["full"]["session"] > by_decoder["light"]["session"]
+    assert of_slot["moved"] == by_decoder["full"]["moved"] > by_decoder["light"]["moved"]
+    assert "with the light decoder" in run("inspect", folder)
+
+    light = folder / "taew2_1.safetensors"
+    compose(folder, folder / "model.toml", folder / "transformer", light_decoder=light)
+    composed = open_manifest(folder)
+    assert composed.decoders == ("full", "light") and "light_decoder" in composed.needed
+    both = load_model(str(folder))
+    assert both.spec.decoders == ("full", "light") and first_frames(both) == first_frames(load_model("wan-tiny"))
+    compose(folder, folder / "model.toml", folder / "transformer", light_decoder=light, decoder="light")
+    alone = open_manifest(folder)
+    assert alone.decoders == ("light",) and "vae" not in alone.needed
+    text = (folder / "model.toml").read_text()
+    (folder / "model.toml").write_text(text.replace('decoders = ["light"]', 'decoder = "light"'))
+    assert open_manifest(folder).model_hash() == alone.model_hash() != composed.model_hash()
+    (folder / "model.toml").write_text(text.replace('decoders = ["light"]', 'decoders = ["light", "full"]'))
+    assert open_manifest(folder).spec().decoder(None) == "light"
+
+
+def test_compose_names_the_part_that_a_chosen_decoder_lacks(tmp_path):
+    folder = write_tiny(tmp_path / "m")
+    with pytest.raises(AssertionError, match="--decoder light without its part"):
+        compose(folder, tmp_path / "model.toml", folder / "transformer", decoder="light")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -184,6 +219,10 @@ def test_a_transformer_of_another_shape_is_refused(folders, tmp_path):
         ('format = "turboserve-model-1"\npreset = "wan-tiny"\nsink = 3', "unknown keys: sink"),
         ('format = "turboserve-model-1"\npreset = "wan-tiny"\nvae = 3', "vae is 3"),
         ('format = "turboserve-model-1"\npreset = "wan-tiny"\ndecoder = "big"', "decoder is 'big'"),
+        ('format = "turboserve-model-1"\npreset = "wan-tiny"\ndecoders = ["light", "big"]', "decoders is 'big'"),
+        ('format = "turboserve-model-1"\npreset = "wan-tiny"\ndecoders = "light"', "a list of full, light"),
+        ('format = "turboserve-model-1"\npreset = "wan-tiny"\ndecoders = ["full", "vae"]', "names one twice"),
+        ('format = "turboserve-model-1"\npreset = "wan-tiny"\ndecoder = "vae"\ndecoders = ["full"]', "both decoder"),
         ('format = "turboserve-model-1"\npreset = "wan-tiny"\nsize = "33x33"', "multiples of 16"),
         ('format = "turboserve-model-1"\npreset = "wan-tiny"\noverrides = 1', "a table"),
         ("= =", "cannot read"),
@@ -227,7 +266,7 @@ def test_a_gateway_reads_a_checkpoint_s_spec_without_torch(folders):
 def test_the_list_of_models_tells_bytes_as_the_loaded_model_does():
     layout = load_model("wan-tiny").state_layout()
     listed = {one["name"]: one for one in run_json()["models"]}
-    assert listed["wan-tiny"]["state_bytes"]["device"] == sum(one.nbytes for one in layout)
+    assert listed["wan-tiny"]["state_bytes"]["device"] == state_bytes(layout)
 
 
 def test_a_lora_is_merged(tmp_path):

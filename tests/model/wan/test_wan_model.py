@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -19,7 +20,9 @@ from turboserve.model.interface import (
     SessionTensors,
     Tier,
     Update,
+    moved_bytes,
     pack,
+    session_layout,
     state_bytes,
 )
 from turboserve.model.light_decoder import LightDecoder
@@ -29,6 +32,7 @@ from turboserve.model.vae import WanVaeDecoder
 from turboserve.model.wan import layout
 from turboserve.model.wan.model import WanModel
 from turboserve.model.wan.tiny import tiny_parts, tiny_vae_config
+from turboserve.runtime.kv_pool import KvPool
 
 STEPS = 4
 
@@ -42,7 +46,7 @@ def repeatable():
     torch.set_num_threads(before)
 
 
-def make(preset=PRESETS["wan-tiny"], decoder="vae") -> WanModel:
+def make(preset=PRESETS["wan-tiny"], decoder="full") -> WanModel:
     return WanModel(tiny_parts(decoder), preset, size=preset.size, name=preset.name, model_hash="tiny")
 
 
@@ -210,7 +214,7 @@ def test_a_first_chunk_from_prompt_to_pixels_equals_diffusers(model):
         num_res_blocks=config.res_blocks, temperal_downsample=list(config.time_doubling[::-1]),
     ).eval()  # fmt: skip
     rename = vae_to_diffusers(config.res_blocks)
-    vae.load_state_dict({rename(k): v for k, v in model._decoder.state_dict().items()}, strict=False)
+    vae.load_state_dict({rename(k): v for k, v in model._decoders["full"].state_dict().items()}, strict=False)
     text = model.prompts.get("a fox")
     text = F.pad(text, (0, 0, 0, preset.text_tokens - len(text)))[None]
     shape = (3, preset.latent_channels, *preset.latent_size())
@@ -269,6 +273,25 @@ def test_memory_of_a_session_is_the_declared_layout_to_the_byte(either):
         assert state.tensors[one.name].nbytes == one.nbytes, one.name
 
 
+def test_memory_of_a_session_with_either_decoder_is_its_declared_layout_to_the_byte():
+    both = WanModel(tiny_parts(), PRESETS["wan-tiny"], size="32x32", name="both", model_hash="tiny")
+    fields, pool = both.state_layout(), KvPool(both.state_layout(), 2)
+    sizes = {}
+    for name in both.spec.decoders:
+        pool.acquire(name)
+        tensors, declared = pool.tensors(name, name), session_layout(fields, name)
+        assert {key: one.nbytes for key, one in tensors.items()} == {one.name: one.nbytes for one in declared}
+        spans = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors.values())
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans)), "two fields share memory"
+        sizes[name] = state_bytes(declared)
+        alone = make(decoder=name).state_layout()
+        assert sizes[name] == state_bytes(alone) == sum(one.nbytes for one in alone)
+    assert both.spec.decoders == ("full", "light") and sizes["light"] < sizes["full"]
+    # A slot has room for either, and not a byte more: choosing costs no memory beside the larger decoder's.
+    assert state_bytes(fields) == max(sizes.values()) and pool.total_bytes() == 2 * max(sizes.values())
+    assert moved_bytes(session_layout(fields, "light")) < moved_bytes(fields)
+
+
 @pytest.mark.parametrize(
     ("preset", "kv_bytes", "text_bytes"),
     [
@@ -282,13 +305,18 @@ def test_layouts_at_480p_are_as_large_as_the_reference_says(preset, kv_bytes, te
     with torch.device("meta"):
         decoders = {1_888_573_440: WanVaeDecoder(), 67_092_480: LightDecoder()}
     for decoder_bytes, decoder in decoders.items():
-        fields = layout.state_layout(chosen, "832x480", decoder, "bfloat16")
+        fields = layout.state_layout(chosen, "832x480", {"one": decoder}, "bfloat16")
         sizes = {one.name: one.nbytes for one in fields}
         assert sizes[layout.KV_CACHE] == kv_bytes and sizes[layout.TEXT_KV] == text_bytes
         assert sum(size for name, size in sizes.items() if name.startswith(("vae_", "light_"))) == decoder_bytes
         assert all(one.tier is Tier.DEVICE for one in fields)
         pages = next(one for one in fields if one.name == layout.KV_CACHE)
         assert pages.page_bytes * chosen.slot().page_count == kv_bytes
+    full, light = decoders.values()
+    either = layout.state_layout(chosen, "832x480", {"full": full, "light": light}, "bfloat16")
+    assert state_bytes(either) == state_bytes(layout.state_layout(chosen, "832x480", {"full": full}, "bfloat16"))
+    saved = state_bytes(either) - state_bytes(session_layout(either, "light"))
+    assert saved == 1_888_573_440 - 67_092_480
 
 
 def test_latents_that_are_not_finite_poison_the_session_only(model):

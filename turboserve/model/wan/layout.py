@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -40,9 +42,14 @@ def transformer_config(preset: WanPreset) -> TransformerConfig:
 
 
 def state_layout(
-    preset: WanPreset, size: str, decoder: FrameDecoder, dtype: str, config: TransformerConfig | None = None
+    preset: WanPreset,
+    size: str,
+    decoders: Mapping[str, FrameDecoder],
+    dtype: str,
+    config: TransformerConfig | None = None,
 ) -> tuple[Field, ...]:
-    """Every tensor of a session. Keys and the decoder's memory are in `dtype`; latents are float32 always."""
+    """Every tensor of a session, with the memory of each decoder that it may choose. Keys and decoders' memory are in
+    `dtype`; latents are float32 always."""
     config = config or transformer_config(preset)
     slot, (rows, columns) = preset.slot(size), preset.latent_size(size)
     latents = (preset.chunk_latent_frames, preset.latent_channels, rows, columns)
@@ -72,7 +79,8 @@ def state_layout(
             Rebuild.EXACT,
         )
     )
-    fields += decoder.cache_fields(rows, columns, dtype)
+    for name, decoder in decoders.items():
+        fields += [replace(one, decoder=name) for one in decoder.cache_fields(rows, columns, dtype)]
     fields.append(Field(WORK, latents, "float32", Tier.DEVICE, Update.SCRATCH))
     return tuple(fields)
 

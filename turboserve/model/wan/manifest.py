@@ -9,7 +9,7 @@
     tokenizer = "Wan2.1-T2V-1.3B-Diffusers/tokenizer/tokenizer.json"
     vae = "Wan2.1-T2V-1.3B-Diffusers/vae"
     light_decoder = "taew2_1.safetensors"  # optional
-    decoder = "vae"                        # or "light"
+    decoders = ["full", "light"]           # offered, the default first; without it: those whose part is named
     size = "832x480"
     text_device = "same"                   # or "cpu": leaves the accelerator's memory to sessions
     [sha256]
@@ -36,22 +36,27 @@ from turboserve.model.wan.spec import wan_spec
 FORMAT = "turboserve-model-1"
 FILE_NAME = "model.toml"
 PARTS = ("transformer", "text_encoder", "tokenizer", "vae", "light_decoder")
-DECODERS = {"vae": "vae", "light": "light_decoder"}
+DECODERS = {"full": "vae", "light": "light_decoder"}
+_OLD_NAMES = {"vae": "full"}  # what earlier files call the full decoder
+# A model with one decoder has the hash that it had when there was one a server.
+_HASHED_ALONE = {"full": "vae", "light": "light"}
 _TEXT_DEVICES = ("same", "cpu")
-_KNOWN = {"format", "name", "preset", "licence", "decoder", "size", "text_device", "overrides", "sha256", *PARTS}
+_TEXTS = {"format", "name", "preset", "licence", "decoder", "size", "text_device", *PARTS}
+_KNOWN = {*_TEXTS, "decoders", "overrides", "sha256"}
 _SAMPLE_BYTES, _SAMPLE_EVERY_BYTES = 1 << 16, 1 << 24
 _FULL_BYTES_MAX = 1 << 26
 
 
 @dataclass(frozen=True)
 class ModelManifest:
-    """A model's parts, found but not opened. `notes` says what was assumed."""
+    """A model's parts, found but not opened. `decoders` are those that sessions may choose, the default first. `notes`
+    says what was assumed."""
 
     name: str
     preset: WanPreset
     size: str
     paths: Mapping[str, Path]
-    decoder: str = "vae"
+    decoders: tuple[str, ...] = ("full",)
     text_device: str = "same"
     licence: str = ""
     sha256: Mapping[str, str] = field(default_factory=dict)
@@ -61,7 +66,7 @@ class ModelManifest:
     @property
     def needed(self) -> tuple[str, ...]:
         """The parts without which it cannot be served."""
-        return ("transformer", "text_encoder", "tokenizer", DECODERS[self.decoder])
+        return ("transformer", "text_encoder", "tokenizer", *(DECODERS[one] for one in self.decoders))
 
     def part(self, name: str) -> Path:
         """A part's path; CheckpointError with the command that fetches it where it is missing."""
@@ -87,20 +92,20 @@ class ModelManifest:
             self.part(name)
 
     def model_hash(self) -> str:
-        """16 hex digits: preset, size, decoder, and the parts' digests (recorded ones, else samples of the files)."""
+        """16 hex digits: preset, size, decoders, and the parts' digests (recorded ones, else samples of the files)."""
         digests = {name: self.sha256.get(name) or sampled_digest(self.part(name)) for name in self.needed}
         facts = {
             "preset": self.preset.name,
             "overrides": dict(self.overrides),
             "size": self.size,
-            "decoder": self.decoder,
+            "decoder": self.decoders if len(self.decoders) > 1 else _HASHED_ALONE[self.decoders[0]],
             "parts": digests,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def spec(self) -> ModelSpec:
         self.check_parts()
-        return wan_spec(self.preset, self.size, self.name, self.model_hash())
+        return wan_spec(self.preset, self.size, self.name, self.model_hash(), self.decoders)
 
 
 def open_manifest(path: Path) -> ModelManifest:
@@ -130,7 +135,7 @@ def read_manifest(path: Path) -> ModelManifest:
     unknown = sorted(data.keys() - _KNOWN)
     if unknown:
         raise ConfigError(f"{path} has unknown keys: {', '.join(unknown)}", expected=", ".join(sorted(_KNOWN)))
-    for key in _KNOWN - {"overrides", "sha256"}:
+    for key in _TEXTS:
         if not isinstance(data.get(key, ""), str):
             raise ConfigError(f"{path}: {key} is {data[key]!r}", expected="text")
     for key in ("overrides", "sha256"):
@@ -140,7 +145,6 @@ def read_manifest(path: Path) -> ModelManifest:
         raise ConfigError(f"{path} names no preset", expected="one of model/presets.py")
     overrides = data.get("overrides", {})
     preset = find_preset(data["preset"], overrides)
-    decoder = _one_of(path, "decoder", data.get("decoder", "vae"), tuple(DECODERS))
     size = data.get("size", preset.size)
     preset.latent_size(size)
     return ModelManifest(
@@ -148,12 +152,30 @@ def read_manifest(path: Path) -> ModelManifest:
         preset=preset,
         size=size,
         paths={name: (path.parent / data[name]).resolve() for name in PARTS if name in data},
-        decoder=decoder,
+        decoders=_decoders(path, data),
         text_device=_one_of(path, "text_device", data.get("text_device", "same"), _TEXT_DEVICES),
         licence=data.get("licence", ""),
         sha256=data.get("sha256", {}),
         overrides=overrides,
     )
+
+
+def _decoders(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
+    """What sessions may choose from: `decoders`; else `decoder` alone, as earlier files have it; else what is named."""
+    known, key = (*DECODERS, *_OLD_NAMES), "decoders" if "decoders" in data else "decoder"
+    if "decoders" not in data:
+        named = tuple(one for one, part in DECODERS.items() if part in data)
+        wanted: Any = [data["decoder"]] if "decoder" in data else list(named or ("full",))
+    elif "decoder" in data:
+        raise ConfigError(f"{path} has both decoder and decoders", expected="decoders, the default first")
+    else:
+        wanted = data["decoders"]
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(one, str) for one in wanted):
+        raise ConfigError(f"{path}: decoders is {wanted!r}", expected=f"a list of {', '.join(DECODERS)}")
+    found = tuple(_OLD_NAMES.get(one, one) for one in (_one_of(path, key, one, known) for one in wanted))
+    if len(set(found)) != len(found):
+        raise ConfigError(f"{path}: decoders names one twice: {', '.join(found)}")
+    return found
 
 
 def _one_of(path: Path, key: str, value: str, known: tuple[str, ...]) -> str:
@@ -201,13 +223,13 @@ def discover(folder: Path) -> ModelManifest:
             f"{folder} holds a transformer of {layers} layers, {dim} wide, which no preset describes",
             hint="`turboserve models compose --preset NAME ...` says which to use",
         )
-    decoder = "vae" if "vae" in paths or "light_decoder" not in paths else "light"
+    decoders = tuple(one for one, part in DECODERS.items() if part in paths) or ("full",)
     return ModelManifest(
         name=folder.name,
         preset=preset,
         size=preset.size,
         paths=paths,
-        decoder=decoder,
+        decoders=decoders,
         notes=(f"no {FILE_NAME}: preset {preset.name} assumed from the transformer's shape",),
     )
 
@@ -273,7 +295,7 @@ def to_toml(manifest: ModelManifest, folder: Path) -> str:
 
     lines = [f"format = {_text(FORMAT)}", f"name = {_text(manifest.name)}", f"preset = {_text(manifest.preset.name)}"]
     lines += [f"{name} = {_text(shown(path))}" for name, path in manifest.paths.items()]
-    lines += [f"decoder = {_text(manifest.decoder)}", f"size = {_text(manifest.size)}"]
+    lines += [f"decoders = {_value(manifest.decoders)}", f"size = {_text(manifest.size)}"]
     lines += [f"text_device = {_text(manifest.text_device)}", f"licence = {_text(manifest.licence)}"]
     if manifest.overrides:
         lines += ["", "[overrides]", *(f"{key} = {_value(value)}" for key, value in manifest.overrides.items())]

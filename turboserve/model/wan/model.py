@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,10 +56,11 @@ class PromptEncoder(Protocol):
 
 @dataclass(frozen=True)
 class WanParts:
-    """Loaded modules. The text encoder may lie on another device than the other two."""
+    """Loaded modules. The text encoder may lie on another device than the others. `decoders` by the name that a session
+    chooses one by, the default first."""
 
     transformer: CausalVideoTransformer
-    decoder: FrameDecoder
+    decoders: Mapping[str, FrameDecoder]
     text: PromptEncoder
 
 
@@ -66,9 +68,9 @@ class WanModel:
     """One instance serves all sessions of a worker."""
 
     def __init__(self, parts: WanParts, preset: WanPreset, *, size: str, name: str, model_hash: str) -> None:
-        self.spec = wan_spec(preset, size, name, model_hash)
+        self.spec = wan_spec(preset, size, name, model_hash, tuple(parts.decoders))
         self.preset = preset
-        self._transformer, self._decoder = parts.transformer, parts.decoder
+        self._transformer, self._decoders = parts.transformer, parts.decoders
         self._transformer.choose_kernels()
         self._config = parts.transformer.config
         weight = parts.transformer.patch_embedding.weight
@@ -79,8 +81,10 @@ class WanModel:
         rows, columns = preset.latent_size(size)
         self._table = RotaryTable(self._config.head_dim, self._config.rope_theta, rows // 2, columns // 2)
         self._relative = self._config.rope_mode is RopeMode.RELATIVE
-        self._layout = layout.state_layout(preset, size, parts.decoder, str(self._dtype).split(".")[-1], self._config)
-        self._decoder_fields = [one.name for one in parts.decoder.cache_fields(rows, columns, "float32")]
+        self._layout = layout.state_layout(preset, size, parts.decoders, str(self._dtype).split(".")[-1], self._config)
+        self._decoder_fields = {
+            decoder: [one.name for one in self._layout if one.decoder == decoder] for decoder in parts.decoders
+        }
         self._folds_pads = self._transformer.kernels.name == "torch"
         self._one_by_one = False
         self.prompts = PromptStage(parts.text.encode)
@@ -277,8 +281,9 @@ class WanModel:
         latents = state.tensors[WORK]
         if not bool(torch.isfinite(latents).all()):
             raise SessionPoisoned(f"chunk {chunk_index} of session {state.session_id} is not finite")
-        cache = {name: state.tensors[name] for name in self._decoder_fields}
-        return to_uint8(self._decoder.decode(latents, cache, chunk_index == 0)).cpu().numpy()
+        decoder = self.spec.decoder(state.decoder)
+        cache = {name: state.tensors[name] for name in self._decoder_fields[decoder]}
+        return to_uint8(self._decoders[decoder].decode(latents, cache, chunk_index == 0)).cpu().numpy()
 
     # -- checks --
 

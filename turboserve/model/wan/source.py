@@ -29,21 +29,20 @@ _TINY_HASH = "tiny-1"
 
 def tiny_spec() -> ModelSpec:
     preset = PRESETS[TINY]
-    return wan_spec(preset, preset.size, TINY, _TINY_HASH)
+    return wan_spec(preset, preset.size, TINY, _TINY_HASH, tuple(DECODERS))
 
 
 def tiny_layout() -> tuple[Field, ...]:
     """What a session of the tiny model keeps, without making its weights."""
     import torch
 
-    from turboserve.model.vae import WanVaeDecoder
     from turboserve.model.wan.layout import state_layout
-    from turboserve.model.wan.tiny import tiny_vae_config
+    from turboserve.model.wan.tiny import tiny_decoder
 
     preset = PRESETS[TINY]
     with torch.device("meta"):
-        decoder = WanVaeDecoder(tiny_vae_config())
-    return state_layout(preset, preset.size, decoder, "float32")
+        decoders = {name: tiny_decoder(name) for name in DECODERS}
+    return state_layout(preset, preset.size, decoders, "float32")
 
 
 def load_tiny(device: str, size: str | None = None) -> WanModel:
@@ -92,16 +91,17 @@ def load_path(path: Path, device: str, size: str | None = None) -> WanModel:
         torch.device("cpu") if manifest.text_device == "cpu" else where,
         dtype,
     )
-    parts = WanParts(transformer, _load_decoder(manifest, where, dtype), text)
+    decoders = {name: _load_decoder(manifest, name, where, dtype) for name in manifest.decoders}
+    parts = WanParts(transformer, decoders, text)
     return WanModel(parts, manifest.preset, size=manifest.size, name=manifest.name, model_hash=spec.model_hash)
 
 
-def decoder_config(manifest: ModelManifest, files: TensorFiles) -> VaeConfig | LightDecoderConfig:
-    """The config of a model's decoder from its file, held against its preset; CheckpointError."""
+def decoder_config(manifest: ModelManifest, name: str, files: TensorFiles) -> VaeConfig | LightDecoderConfig:
+    """The config of one of a model's decoders from its file, held against its preset; CheckpointError."""
     from turboserve.model.weights import light_config, vae_config
 
     config: VaeConfig | LightDecoderConfig
-    if manifest.decoder == "light":
+    if name == "light":
         config = light_config(files)
     else:
         folder = files.source if files.source.is_dir() else files.source.parent
@@ -118,13 +118,13 @@ def decoder_config(manifest: ModelManifest, files: TensorFiles) -> VaeConfig | L
     return config
 
 
-def _load_decoder(manifest: ModelManifest, device: torch.device, dtype: torch.dtype) -> FrameDecoder:
+def _load_decoder(manifest: ModelManifest, name: str, device: torch.device, dtype: torch.dtype) -> FrameDecoder:
     from turboserve.model.light_decoder import LightDecoderConfig
     from turboserve.model.tensor_files import TensorFiles
     from turboserve.model.weights import load_light_decoder, load_vae
 
-    with TensorFiles.open(manifest.part(DECODERS[manifest.decoder])) as files:
-        config = decoder_config(manifest, files)
+    with TensorFiles.open(manifest.part(DECODERS[name])) as files:
+        config = decoder_config(manifest, name, files)
         if isinstance(config, LightDecoderConfig):
             return load_light_decoder(files, config, device, dtype)
         return load_vae(files, config, device, dtype)

@@ -6,8 +6,10 @@ from turboserve.model.interface import ModelSpec
 from turboserve.model.presets import WanPreset
 
 
-def wan_spec(preset: WanPreset, size: str, name: str, model_hash: str) -> ModelSpec:
-    """The spec of a preset at a pixel size WxH."""
+def wan_spec(
+    preset: WanPreset, size: str, name: str, model_hash: str, decoders: tuple[str, ...] = ("full",)
+) -> ModelSpec:
+    """The spec of a preset at a pixel size WxH; `decoders` are those offered, the default first."""
     width, _, height = size.partition("x")
     return ModelSpec(
         name=name,
@@ -25,4 +27,5 @@ def wan_spec(preset: WanPreset, size: str, name: str, model_hash: str) -> ModelS
         sizes=(size,),
         max_chunks=preset.max_chunks,
         about=preset.about,
+        decoders=decoders,
     )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-    from turboserve.model.vae import VaeConfig
+    from turboserve.model.light_decoder import LightDecoder
+    from turboserve.model.vae import VaeConfig, WanVaeDecoder
     from turboserve.model.wan.model import WanParts
 
 PRESET = PRESETS["wan-tiny"]
@@ -69,49 +70,57 @@ def tiny_vae_config() -> VaeConfig:
     )
 
 
-def tiny_parts(decoder: str = "vae", device: torch.device | str = "cpu", seed: int = _SEED) -> WanParts:
-    """All parts with weights from a seed. `decoder` is vae or light."""
+def tiny_decoder(name: str) -> WanVaeDecoder | LightDecoder:
+    """The full or the light decoder, without weights."""
+    from turboserve.model.light_decoder import LightDecoder, LightDecoderConfig
+    from turboserve.model.vae import WanVaeDecoder
+
+    if name == "full":
+        return WanVaeDecoder(tiny_vae_config())
+    return LightDecoder(LightDecoderConfig(latent_channels=PRESET.latent_channels, widths=(16, 12, 8, 8)))
+
+
+def tiny_parts(*decoders: str, device: torch.device | str = "cpu", seed: int = _SEED) -> WanParts:
+    """All parts with weights from a seed. `decoders` are full, light or both; none named: both."""
     import torch
     from transformers import UMT5Config, UMT5EncoderModel
 
     from turboserve.model.dit import CausalVideoTransformer
-    from turboserve.model.light_decoder import LightDecoder, LightDecoderConfig
     from turboserve.model.random_weights import fill_random
     from turboserve.model.text import TextEncoder
-    from turboserve.model.vae import WanVaeDecoder
     from turboserve.model.wan.layout import transformer_config
     from turboserve.model.wan.model import WanParts
 
     transformer = CausalVideoTransformer(transformer_config(PRESET))
-    frames: WanVaeDecoder | LightDecoder
-    if decoder == "vae":
-        frames = WanVaeDecoder(tiny_vae_config())
-    else:
-        frames = LightDecoder(LightDecoderConfig(latent_channels=PRESET.latent_channels, widths=(16, 12, 8, 8)))
+    frames = {name: tiny_decoder(name) for name in decoders or ("full", "light")}
     umt5 = UMT5EncoderModel(UMT5Config(**tiny_text_config()))
-    for offset, module in enumerate((transformer, frames, umt5)):
-        fill_random(module, seed + offset)
+    seeded = [(transformer, seed), *((one, seed + 1) for one in frames.values()), (umt5, seed + 2)]
+    for module, own_seed in seeded:
+        fill_random(module, own_seed)
         module.to(torch.device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
     return WanParts(transformer, frames, TextEncoder(umt5, tiny_tokenizer(), PRESET.text_tokens))
 
 
-def write_tiny(folder: Path, layout: str = "diffusers", seed: int = _SEED) -> Path:
+def write_tiny(folder: Path, layout: str = "diffusers", seed: int = _SEED, light: bool = False) -> Path:
     """Write the tiny model as published checkpoints are laid out; returns the folder.
 
     `diffusers`: a pipeline's folder. `original`: Wan's own names, with a model.toml beside them. `training`: as
     `original`, but the transformer in a pickled `self_forcing.pt` behind wrapper prefixes, for `models convert`.
+    `light` adds a light decoder, so that sessions may choose.
     """
     import torch
     from safetensors.torch import save_file
 
     from turboserve.model import key_maps
+    from turboserve.model.light_decoder import LightDecoder
     from turboserve.model.text import TextEncoder
     from turboserve.model.vae import WanVaeDecoder
     from turboserve.model.weights import diffusers_state, original_state
 
     parts, config = tiny_parts(seed=seed), tiny_vae_config()
-    assert isinstance(parts.decoder, WanVaeDecoder) and isinstance(parts.text, TextEncoder)
-    vae = parts.decoder.state_dict()
+    full, small = parts.decoders["full"], parts.decoders["light"]
+    assert isinstance(full, WanVaeDecoder) and isinstance(small, LightDecoder) and isinstance(parts.text, TextEncoder)
+    vae = full.state_dict()
     text = {key: one for key, one in parts.text.state_dict().items() if key != "encoder.embed_tokens.weight"}
 
     def write(name: str, state: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> None:
@@ -144,6 +153,8 @@ def write_tiny(folder: Path, layout: str = "diffusers", seed: int = _SEED) -> Pa
         else:
             wrapped = {f"model._fsdp_wrapped_module.{key}": one for key, one in transformer.items()}
             torch.save({"generator_ema": wrapped, "generator": {}}, folder / "self_forcing.pt")
+    if light:
+        write("taew2_1.safetensors", small.state_dict())
     (folder / "tokenizer").mkdir(exist_ok=True)
     tiny_tokenizer().save(str(folder / "tokenizer" / "tokenizer.json"))
     return folder

@@ -22,7 +22,7 @@ const PROMPTS_AHEAD = 12;
 export async function runTwin(card, count, chunk, restMs) {
   const [first, ...later] = card.inputs;
   const created = await api.createSession(
-    /** @type {any} */ ({ prompt: first.prompt, seed: card.seed, steps: card.steps[0].steps, size: card.size, format: "jpeg", prompt_switch: card.prompt_switch ?? "swap", allow_reduced_steps: false }),
+    /** @type {any} */ ({ prompt: first.prompt, seed: card.seed, steps: card.steps[0].steps, size: card.size, format: "jpeg", prompt_switch: card.prompt_switch ?? "swap", ...(card.decoder ? { decoder: card.decoder } : {}), allow_reduced_steps: false }),
     { quiet: true },
   );
   try {

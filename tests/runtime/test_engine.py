@@ -40,6 +40,24 @@ def test_a_chunk_is_four_denoise_steps_decode_and_a_context_pass():
     assert not driven.engine.has_work
 
 
+def test_what_is_at_work_is_told_from_the_first_pass_to_the_end_of_the_context_pass():
+    driven = Driven()
+    driven.open("b")
+    driven.open("c")
+    driven.credit("b", 0)
+    assert driven.engine.at_work.sessions == {}
+    b, c = session_id("b"), session_id("c")
+    seen = []
+    forward = driven.model.forward
+    driven.model.forward = lambda batch: (seen.append(driven.engine.at_work), forward(batch))[1]
+    driven.run_pass()
+    assert seen[0].sessions == {b: (0, 0, True), c: (0, 0, False)}
+    assert seen[0].until_s == pytest.approx(driven.now_s + 1e-2, rel=0.1)
+    assert driven.engine.at_work.until_s == 0.0 and driven.engine.at_work.sessions[b] == (0, 0, True)
+    driven.run_until_idle()
+    assert driven.engine.at_work.sessions == {b: (0, 1, False), c: (0, 0, False)}
+
+
 def test_a_newcomer_joins_at_the_next_pass():
     driven = Driven()
     driven.open("b")

@@ -87,6 +87,22 @@ def test_what_was_recorded_decides_the_same_again(tmp_path: Path) -> None:
     assert size < 400 * 1500, "only what changed is written"
 
 
+def test_a_profile_that_is_measured_anew_is_recorded(tmp_path: Path) -> None:
+    """What workers and moves are measured to take changes while a fleet runs; the tick weighs with it."""
+    view, encoder = cluster(), TickEncoder()
+    encoder.encode(view, 1.0, Plan())
+    unchanged = encoder.encode(view, 2.0, Plan())
+    view.profiles = (replace(view.profile, migrate_s=0.321), *view.profiles[1:])
+    changed = encoder.encode(view, 3.0, Plan())
+    header = decode_header(encode_header(CONFIG, cluster(), Memory(), 0.0))
+    decoder = TickDecoder(header.profiles)
+    decoder.decode(TickEncoder().encode(cluster(), 1.0, Plan()))
+    back, _, _ = decoder.decode(unchanged)
+    assert back.profiles == header.profiles and len(unchanged) < len(changed)
+    back, _, _ = decoder.decode(changed)
+    assert back.profile.migrate_s == 0.321 and back.profiles == view.profiles
+
+
 def test_files_rotate_within_their_bound_and_each_replays_alone(tmp_path: Path) -> None:
     record(tmp_path, ticks=600, file_bytes=20_000, files_kept=3)
     files = recorded_files(tmp_path)

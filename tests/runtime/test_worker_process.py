@@ -49,6 +49,9 @@ async def test_two_sessions_get_their_frames_in_order_with_the_right_chain(chain
         assert (await peers.told_next(m.SessionReleased)).session_id == B
         await asyncio.sleep(0.3)
         assert peers.beats[-1].resident == 1 and peers.beats[-1].chunks == 12
+        seen = peers.reports
+        assert any(one.sessions.get(B) and one.sessions[B].begun for one in seen), "it says that a chunk is in work"
+        assert seen[-1].busy_s == 0 and not seen[-1].sessions[C].begun and seen[-1].sessions[C].next_index == 6
 
 
 async def test_a_gateway_that_comes_back_gets_the_same_frames_again(chains):

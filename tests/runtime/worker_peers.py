@@ -25,6 +25,7 @@ class Peers:
         self.hello: m.WorkerHello | None = None
         self.leasing = True
         self.beats: list[m.Heartbeat] = []
+        self.reports: list[m.WorkReport] = []
         self.told: asyncio.Queue[m.Message] = asyncio.Queue()
         self.chunks: dict[tuple[str, int], list[frame_ring.FrameRecord]] = {}
         self.ready: asyncio.Queue[m.ChunkReady] = asyncio.Queue()
@@ -103,6 +104,8 @@ class Peers:
                 self._seen()
             elif isinstance(message, m.Heartbeat):
                 self.beats.append(message)
+            elif isinstance(message, m.WorkReport):
+                self.reports.append(message)
             else:
                 self.told.put_nowait(message)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from turboserve.runtime import messages as m
+from turboserve.server.delivered import DELIVERED_S
 from turboserve.server.effects import Append, Deliver, Effect, Measure, ToController, ToViewer, ToWorker
 from turboserve.server.gateway_config import WIDE_QUOTAS, Limits
 from turboserve.server.gateway_logic import GatewayLogic, NewSession
@@ -335,3 +336,40 @@ def test_the_log_tells_what_waits_also_after_it_was_compacted(count: int) -> Non
     again = Gateway(disk=list(logged.as_records()))
     assert again.session.prompts.waiting == gateway.session.prompts.waiting
     assert again.session.prompts.newest_version == gateway.session.prompts.newest_version
+
+
+def told(gateway: Gateway, kind: type) -> list[Any]:
+    return [one for one in gateway.to_controller if isinstance(one, kind)]
+
+
+def test_the_controller_hears_when_the_next_chunk_is_due_and_again_when_that_changed() -> None:
+    gateway = Gateway().open()
+    active = told(gateway, m.SessionActivity)[-1]
+    assert (active.active, active.due_index, active.due_s, active.every_s) == (True, 0, pytest.approx(0.625), 0.0)
+    gateway.finish(0, 1)
+    before = len(told(gateway, m.SessionActivity))
+    gateway.take(gateway.logic.attach(VIEWER + 1, SID, "fresh", 0, None, Pace.LIVE, gateway.now_s))
+    (again,) = told(gateway, m.SessionActivity)[before:]
+    # Its period begins with chunk 0, which is there: chunk 1 is due one chunk time after the player's start.
+    assert (again.active, again.due_index, again.due_s, again.every_s) == (True, 1, pytest.approx(0.875), 0.25)
+    gateway.take(gateway.logic.pause(SID, "t", gateway.now_s))
+    paused = told(gateway, m.SessionActivity)[-1]
+    assert (paused.active, paused.due_s) == (False, None)
+
+
+def test_the_controller_hears_what_viewers_got_at_most_so_often() -> None:
+    gateway = Gateway().open()
+    assert told(gateway, m.ChunksDelivered) == [m.ChunksDelivered(chunks=0, reduced=0, late=0)]
+    gateway.wait(1.0)
+    gateway.finish(0, 1)
+    gateway.controller(m.SetSteps(session_id=SID, steps=4))
+    gateway.finish(1, 1)
+    gateway.finish(2, 1)
+    assert [one.chunks for one in told(gateway, m.ChunksDelivered)] == [0, 1], "the rest waits its turn"
+    gateway.wait(DELIVERED_S)
+    assert told(gateway, m.ChunksDelivered)[-1] == m.ChunksDelivered(chunks=3, reduced=0, late=0)
+    count = len(told(gateway, m.ChunksDelivered))
+    gateway.wait(5.0)
+    assert len(told(gateway, m.ChunksDelivered)) == count, "nothing is said again without news"
+    gateway.take(gateway.logic.controller_connected(gateway.now_s))
+    assert told(gateway, m.ChunksDelivered)[-1].chunks == 3

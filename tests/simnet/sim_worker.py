@@ -362,9 +362,12 @@ class SimWorker(Process):
                 chunks=0,
                 passes=0,
                 device_bytes=0,
-                **({"progress": dict(self.figures_chunks)} if "progress" in m.Heartbeat.__struct_fields__ else {}),
+                progress=dict(self.figures_chunks),
             )
             channel.send(self, beat)
+            held = self.engine.held.items()
+            at_work = {sid: m.SessionWork(one.epoch, one.next_index, one.work is not None) for sid, one in held}
+            channel.send(self, m.WorkReport(worker_id=self.name, worker_epoch=self.life, sessions=at_work))
 
     def _pump(self) -> None:
         """Chunks leave in order; a full ring makes them wait."""

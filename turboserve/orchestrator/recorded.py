@@ -1,9 +1,9 @@
 """A tick's inputs and answer as bytes, and back: what `serve --record` writes and `simulate --from-recording` reads.
 
 msgpack of plain values; nothing is unpickled. A recording is a header (how the ticks were configured, the profiles, the
-memory before the first of them) and then one record a tick with the view's columns that changed since the record before
-and the plan. The memory of later ticks is not kept: the replay carries its own on, so a plan that is equal speaks for
-the memory, too.
+memory before the first of them) and then one record a tick with the plan and with the view's columns, and the profiles
+where a running fleet has measured anew, that changed since the record before. The memory of later ticks is not kept:
+the replay carries its own on, so a plan that is equal speaks for the memory, too.
 """
 
 from __future__ import annotations
@@ -131,20 +131,22 @@ def decode_header(data: bytes) -> Header:
         value = _decoder.decode(data)
         if value["format"] != FORMAT:
             raise CorruptState(f"a recording of format {value['format']}", expected=f"format {FORMAT}")
-        profiles = tuple(
-            LatencyProfile(**{**one, "batch_latency_s": tuple(one["batch_latency_s"])}) for one in value["profiles"]
-        )
+        profiles = _profiles(value["profiles"])
         config = _rebuild(TickConfig, value["config"])
         return Header(config, profiles, _rebuild(Memory, value["memory"]), float(value["began_unix_s"]))
     except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
         raise CorruptState(f"no header of a recording: {error}") from None
 
 
+def _profiles(values: list[dict[str, Any]]) -> tuple[LatencyProfile, ...]:
+    return tuple(LatencyProfile(**{**one, "batch_latency_s": tuple(one["batch_latency_s"])}) for one in values)
+
+
 # ---------------------------------------------------------------- ticks
 
 
 def _columns(view: ClusterView) -> Columns:
-    """Everything a tick reads of the view but the profiles, by name; arrays cut to the rows in use."""
+    """Everything a tick reads of the view, by name; arrays cut to the rows in use."""
     found: Columns = {}
     for prefix, columns in (("s", view.sessions), ("w", view.workers)):
         for name in columns.__slots__:
@@ -156,6 +158,7 @@ def _columns(view: ClusterView) -> Columns:
     for name in _SCALARS:
         found[name] = getattr(view, name)
     found["observed"] = _fields(view.observed)
+    found["profiles"] = [_fields(one) for one in view.profiles]
     return found
 
 
@@ -191,6 +194,8 @@ class TickDecoder:
         try:
             value = _decoder.decode(data)
             self._last |= value["view"]
+            if "profiles" in value["view"]:  # a recording of an older version has them in its header alone
+                self._profiles = _profiles(value["view"]["profiles"])
             return self._view(), float(value["now_s"]), _plan(value["plan"])
         except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
             raise CorruptState(f"no record of a tick: {error}") from None

@@ -212,6 +212,7 @@ class ControllerBooks:
             return False
         record.owner = owner
         record.move(state, reason)
+        self.view.sessions.in_chunk[live.row] = False  # whatever an earlier owner still does, nobody waits for it
         self._show(live)
         return True
 
@@ -230,7 +231,8 @@ class ControllerBooks:
             self._tell_session(live)
         self._store.forget(live.record.session_id)
         self._set_row(live, views.GONE)
-        self.view.sessions.active[live.row] = False
+        self.view.sessions.active[live.row] = self.view.sessions.in_chunk[live.row] = False
+        self.view.sessions.next_deadline_s[live.row] = float("inf")
         self._free_rows.append(live.row)
         del self.sessions[live.record.session_id]
         self._transfers.pop(live.record.session_id, None)

@@ -88,6 +88,7 @@ class ControllerLogic(ControllerAdmin):
 
     def _on_GatewayHello(self, source: str, hello: m.GatewayHello, now_s: float) -> None:
         self.gateway_hello = hello
+        self._delivered = None
         for worker_id in self.workers:
             self._tell_worker(worker_id)
             self._tell_where_the_gateway_is(worker_id)
@@ -169,6 +170,7 @@ class ControllerLogic(ControllerAdmin):
         live = self.sessions.get(asked.session_id)
         if live is not None and live.record.state is not SessionState.CLOSING:
             owner, move = live.record.owner, live.move
+            self._count_period(live, False, now_s)
             self._drop_prepared(live)
             if move is not None and move.kind is Kind.MIGRATE and move.phase is Phase.OPEN:
                 self._send_close(move.source, asked.session_id, move.source_epoch)
@@ -201,26 +203,15 @@ class ControllerLogic(ControllerAdmin):
         if live is None or live.record.state is SessionState.CLOSING:
             return
         live.attached = seen.attached
-        if live.wanted != seen.active:
-            self._count_period(live, seen.active, now_s)
-            live.wanted = seen.active
+        live.wanted = seen.active
+        self._count_period(live, seen.active, now_s)
+        self._take_deadline(live, seen, now_s)
         if live.record.state in (SessionState.RUNNING, SessionState.STALLED) and live.move is None:
             # In memory only: a controller that restarts hears it again from the gateway.
             live.record.move(SessionState.RUNNING if seen.active else SessionState.STALLED)
         self._show(live)
         self._shelve_unwatched(live)
         self._tick(now_s)
-
-    def _count_period(self, live: Live, active: bool, now_s: float) -> None:
-        """What the scheduler knows of how long sessions are active."""
-        columns, observed = self.view.sessions, self.view.observed
-        if active:
-            columns.active_since_s[live.row] = now_s
-            observed.periods_started += 1
-        else:
-            observed.periods_ended += 1
-            observed.period_seconds += max(0.0, now_s - float(columns.active_since_s[live.row]))
-            columns.idle_since_s[live.row] = now_s
 
     # ------------------------------------------------------------------ deciding
 

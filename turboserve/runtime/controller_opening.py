@@ -11,6 +11,7 @@ from typing import Any
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import GATEWAY, DropFile, Kind, Live, Move, Phase, Send
 from turboserve.runtime.controller_storage import ControllerStorage
+from turboserve.runtime.controller_view import ControllerView
 from turboserve.session import SessionState
 
 REFUSALS_MAX = 3
@@ -19,7 +20,7 @@ NO_ROOM = frozenset({"pool_exhausted", "overloaded", "refused"})
 """Refusals that say "not now": the session waits and does not count them."""
 
 
-class ControllerOpening(ControllerStorage):
+class ControllerOpening(ControllerStorage, ControllerView):
     """Giving a session to a worker."""
 
     def _open(

@@ -88,6 +88,8 @@ class Worker:
     """(session, epoch) that it was told to close and has not said to have released."""
     suspend_at_s: float | None = None
     """Draining: what is still there then goes to host memory."""
+    at_work: set[str] = field(default_factory=set)
+    """Sessions that had a chunk in work here when it said so last."""
 
 
 class Kind(StrEnum):
@@ -127,6 +129,17 @@ class Move:
 
 
 @dataclass(slots=True)
+class Due:
+    """Chunk `index` of a session is late after `at_s`; those that follow `every_s` apart, or, where that is 0 (free
+    pace), `after_s` after the one before was made."""
+
+    index: int
+    at_s: float
+    every_s: float
+    after_s: float
+
+
+@dataclass(slots=True)
 class Live:
     """A session that has not ended, with what the gateway asked for."""
 
@@ -140,7 +153,11 @@ class Live:
     """A worker has had it: from now on it is restored, never placed as new."""
     wanted: bool = True
     """A viewer wants chunks, as far as the gateway has said."""
+    in_period: bool = False
+    """The gateway has said that it is active; `wanted` may be so before."""
     next_index: int = 0
+    due: Due | None = None
+    """None while nobody wants chunks, and until the gateway has said."""
     point_bytes: int = 0
     disk_bytes: int = 0
     loading: bool = False

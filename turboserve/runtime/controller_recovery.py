@@ -148,13 +148,16 @@ class ControllerRecovery(ControllerMoves):
         """Chunks made clear a session of suspicion."""
         for session_id, next_index in beat.progress.items():
             live = self.sessions.get(session_id)
-            if live is None or live.record.owner != source or live.move is not None:
-                continue
-            self.view.observed.chunks += max(0, next_index - live.next_index)
-            live.next_index = max(live.next_index, next_index)
-            if live.record.strikes and live.strike_index >= 0 and next_index >= live.strike_index + STRIKE_CHUNKS:
-                live.record.strikes, live.strike_index = 0, -1
-                self._store.set_state(session_id, live.record.state, live.record.reason, 0)
+            if live is not None and live.record.owner == source:
+                self._made(live, next_index)
+
+    def _made(self, live: Live, next_index: int) -> None:
+        if live.move is not None:
+            return
+        live.next_index = max(live.next_index, next_index)
+        if live.record.strikes and live.strike_index >= 0 and next_index >= live.strike_index + STRIKE_CHUNKS:
+            live.record.strikes, live.strike_index = 0, -1
+            self._store.set_state(live.record.session_id, live.record.state, live.record.reason, 0)
 
     def _apart(self, live: Live, wanted: str) -> str | None:
         """The worker to put it on when the tick says `wanted`: away from where it broke and from other suspects.

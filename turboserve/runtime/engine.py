@@ -104,6 +104,7 @@ class Engine(EngineSessions):
             session.work.batch_sizes.append(len(chosen))
             if session.work.started_s is None:
                 session.work.started_s = started_s
+        self.publish(started_s + self.cost.pass_s(batch.tokens))
         self.stats.passes += 1
         self.stats.segments += len(chosen)
         self.stats.tokens += batch.tokens
@@ -112,6 +113,7 @@ class Engine(EngineSessions):
             for session, result in zip(chosen, results, strict=True):
                 self._take(session, result, emit)
         self._write_through(chosen)
+        self.publish()
         self.stats.busy_s += self._clock() - started_s
 
     def _chunk_ready(self, session: HeldSession) -> bool:

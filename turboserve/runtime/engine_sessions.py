@@ -19,6 +19,7 @@ from turboserve.ranges import span
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.kv_pool import KvPool
 from turboserve.runtime.session_tensors import HeldSession, QueuedChunk, hold_session
+from turboserve.runtime.worker_events import AtWork
 
 if TYPE_CHECKING:
     from turboserve.runtime.arena import ExtentId
@@ -69,6 +70,8 @@ class EngineSessions:
         self.pool = pool
         self.points = points
         self.stats = EngineStats()
+        self.at_work = AtWork()
+        """As of the last pass that began or ended; may be read from any thread."""
         self._clock = clock
         self._every_chunks = recovery_every_chunks
         self._background = background
@@ -309,6 +312,21 @@ class EngineSessions:
     def active_count(self) -> int:
         """Sessions with a chunk in work or queued. May be read from another thread: the copy is one step."""
         return sum(one.work is not None or bool(one.queue) for one in list(self._sessions.values()))
+
+    def publish(self, until_s: float = 0.0) -> None:
+        """Bring `at_work` up to date."""
+        self.at_work = AtWork(
+            until_s,
+            {
+                one.session_id: (
+                    one.epoch,
+                    one.state.next_chunk_index,
+                    one.work is not None and one.work.started_s is not None,
+                )
+                for one in self._sessions.values()
+                if one.fault is None
+            },
+        )
 
     def at_boundary(self, session_id: str) -> bool:
         return self._session(session_id).at_boundary

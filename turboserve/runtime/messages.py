@@ -27,6 +27,8 @@ POINTS_TOLD_MAX = 8192
 """Sessions in one PointsHeld: they fit in a message whatever their sizes."""
 PART_BYTES = 512 << 10
 """Most bytes of frames in one FramePart."""
+WORK_MAX = 1024
+"""Most sessions in one WorkReport."""
 
 SessionId = Annotated[str, msgspec.Meta(pattern="^[a-z0-9]{26}$")]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
@@ -98,6 +100,26 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """Mean time a point took since the last heartbeat."""
     progress: dict[str, int] = {}
     """Sessions with chunks made here, and the chunk that comes next."""
+
+
+class SessionWork(msgspec.Struct, array_like=True, frozen=True):
+    """One session in a WorkReport: everything before chunk `next_index` is committed under `epoch`; `begun` says that
+    the first pass of that chunk has started."""
+
+    epoch: Count
+    next_index: Count
+    begun: bool
+
+
+class WorkReport(Message, frozen=True, kw_only=True):
+    """What the worker's engine is at. Sent when that changed, at most every `work_report_s`, and with each heartbeat; a
+    session that is not named has no chunk in work here."""
+
+    worker_id: ShortText
+    worker_epoch: Count
+    busy_s: Seconds = 0.0
+    """Until the pass in work is expected to end; 0 when none is."""
+    sessions: Annotated[dict[SessionId, SessionWork], msgspec.Meta(max_length=WORK_MAX)] = {}
 
 
 class SessionOpened(Message, frozen=True, kw_only=True):
@@ -493,11 +515,26 @@ class SessionStuck(Message, frozen=True, kw_only=True):
 
 
 class SessionActivity(Message, frozen=True, kw_only=True):
-    """Whether a session wants chunks now: attached, not paused, credits not exhausted by the viewer."""
+    """Whether a session wants chunks now: attached, not paused, credits not exhausted by the viewer. Said again when
+    its period, and so its deadlines, became another one."""
 
     session_id: SessionId
     active: bool
     attached: bool
+    due_index: Count = 0
+    due_s: float | None = None
+    """Until chunk `due_index`, its next one, is late; negative when it is already. None: it is not active."""
+    every_s: Seconds = 0.0
+    """The chunk after that is due so much later; 0 for free pace: `due_s` after the chunk before it was made."""
+
+
+class ChunksDelivered(Message, frozen=True, kw_only=True):
+    """Chunks accepted for viewers since this gateway started: all, those with fewer denoise steps than their session
+    was opened with, and those of live pace that came late. At most every DELIVERED_S, and first at each connect."""
+
+    chunks: Count
+    reduced: Count
+    late: Count
 
 
 class AdminCommand(Message, frozen=True, kw_only=True):
@@ -612,6 +649,7 @@ class Failure(Message, frozen=True, kw_only=True):
 AnyMessage = (
     WorkerHello
     | Heartbeat
+    | WorkReport
     | SessionOpened
     | SessionRefused
     | SessionSuspended
@@ -649,6 +687,7 @@ AnyMessage = (
     | EndSession
     | SessionStuck
     | SessionActivity
+    | ChunksDelivered
     | AdminCommand
     | OpDone
     | WorkerChanged

@@ -202,6 +202,7 @@ def serve(config: WorkerConfig, loaded: Loaded, log: Any) -> int:
         command=engine_loop.put,
         stop=lambda code: engine_loop.put(Quit(code)),
         figures=figures,
+        at_work=lambda: engine.at_work,
         log=log,
         store=loaded.store,
     )

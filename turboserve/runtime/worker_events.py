@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from turboserve.model.interface import ChunkRequest, Control
@@ -12,6 +12,17 @@ if TYPE_CHECKING:
 
 KEPT_CHUNKS = 4
 """How many of a session's last chunks keep their frames on its worker and in its recovery points."""
+
+
+@dataclass(frozen=True, slots=True)
+class AtWork:
+    """What the engine is at, for other threads: replaced whole, never changed. `until_s` is when the pass in work is
+    expected to end, by the monotonic clock, 0 between passes; `sessions` are all that it holds: (epoch, the chunk that
+    is not committed yet, whether that one's first pass has started)."""
+
+    until_s: float = 0.0
+    sessions: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
+
 
 # ---------------------------------------------------------------- engine -> logic
 

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
 RING_FULL_RETRY_S = 0.002
+WORK_REPORT_S = 0.05
+"""How often the controller hears at most what the engine is at."""
 REFUSED_MAX = 5
 """Handshakes in a row that fail before a worker that joined gives up: a restarted server has a new token."""
 PROGRESS_MAX = 1024
@@ -97,6 +99,7 @@ class WorkerIO:
         command: Callable[[e.EngineCommand], None],
         stop: Callable[[int], None],
         figures: Callable[[], Figures],
+        at_work: Callable[[], e.AtWork],
         log: Any,
         store: RecoveryStore | None = None,
     ) -> None:
@@ -118,6 +121,8 @@ class WorkerIO:
         self._command = command
         self._stop = stop
         self._figures = figures
+        self._at_work = at_work
+        self._told_work: tuple[bool, dict[str, tuple[int, int, bool]]] = (False, {})
         self._before = Figures()
         self._before_s = time.monotonic()
         self._log = log
@@ -149,6 +154,7 @@ class WorkerIO:
             tasks.create_task(self._keep_connected(CONTROLLER, lambda: controller_at, token))
             tasks.create_task(self._keep_connected(GATEWAY, lambda: self._gateway_at, token))
             tasks.create_task(self._timers())
+            tasks.create_task(self._report_work())
 
     async def _keep_connected(self, name: str, address: Callable[[], tuple[str, int]], token: bytes) -> None:
         pause_s = RECONNECT_MIN_S
@@ -211,6 +217,24 @@ class WorkerIO:
             except TimeoutError:
                 self._apply(self._logic.on_timer(time.monotonic()))
 
+    async def _report_work(self) -> None:
+        """What the engine is at, when that is something else than was told last."""
+        while True:
+            await asyncio.sleep(WORK_REPORT_S)
+            now = self._at_work()
+            if CONTROLLER in self._channels and self._told_work != (now.until_s > 0, now.sessions):
+                self._send(CONTROLLER, self._work_report(now))
+
+    def _work_report(self, now: e.AtWork) -> m.WorkReport:
+        self._told_work = (now.until_s > 0, now.sessions)
+        named = itertools.islice(now.sessions.items(), m.WORK_MAX)
+        return m.WorkReport(
+            worker_id=self._config.worker_id,
+            worker_epoch=self._config.worker_epoch,
+            busy_s=max(0.0, now.until_s - time.monotonic()),
+            sessions={session_id: m.SessionWork(*work) for session_id, work in named},
+        )
+
     def _on_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A callback raised, where no task would carry it: a worker that is gone is noticed, a wrong one is not."""
         if isinstance(context.get("exception"), OSError):
@@ -250,6 +274,7 @@ class WorkerIO:
                 self._emits.append(action)
             elif isinstance(action, Beat):
                 self._send(CONTROLLER, self._heartbeat())
+                self._send(CONTROLLER, self._work_report(self._at_work()))
             elif isinstance(action, Drop):
                 self._log.warning("dropped", peer=action.to, reason=action.reason)
                 self._close_soon(action.to)

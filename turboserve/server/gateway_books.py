@@ -11,7 +11,7 @@ from typing import Any
 
 from turboserve.errors import NotFound
 from turboserve.server.attach_tokens import AttachTokens, token_hash
-from turboserve.server.effects import Effect, Measure
+from turboserve.server.effects import Effect, Measure, ToController
 from turboserve.server.gateway_config import Limits, Quotas
 from turboserve.server.gateway_records import NewSession, Worker, end_message, wish_of
 from turboserve.server.log_records import LoggedSession
@@ -100,7 +100,19 @@ class GatewayBooks:
         self._finish_ended(now_s)
         for session in self.outbox.take_waiting():
             self._schedule(session)
+        self._tell_delivered(now_s)
         return self.outbox.take()
+
+    def _tell_delivered(self, now_s: float) -> None:
+        """While no controller is there nothing is told: the next one is told all of it first."""
+        delivered = self.outbox.delivered
+        if not self.controller_up:
+            return
+        waked_s = delivered.wake_s
+        if (told := delivered.take(now_s)) is not None:
+            self.outbox.put(ToController(told))
+        elif delivered.wake_s is not None and delivered.wake_s != waked_s:
+            self._wake(delivered.wake_s)
 
     def _schedule(self, session: SessionStream) -> None:
         wake_s = session.wake_s()

@@ -141,6 +141,7 @@ class GatewayLogic(GatewayBooks):
         """The channel is there (again): repeat what may not have arrived, and say which sessions there are. One that
         the controller does not know (its end was told while the channel was down, say) begins anew there."""
         self.controller_up = True
+        self.outbox.delivered.connected()
         self.operations.send_again()
         for session in self.sessions.values():
             if session.ended_s is None:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from turboserve.server.delivered import Delivered
 from turboserve.server.effects import Append, Effect
 from turboserve.server.log_records import Record
 
@@ -21,6 +22,7 @@ class Outbox:
         self._waiting: deque[tuple[int, Continuation]] = deque()
         self.ended_sessions: list[tuple[str, str]] = []
         self._waking: list[Any] = []
+        self.delivered = Delivered()
 
     def put(self, effect: Effect) -> None:
         self._effects.append(effect)

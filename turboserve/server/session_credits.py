@@ -191,6 +191,7 @@ class SessionCredits(SessionFacts):
 
     def _measure(self, begun: Begun, chunk: StoredChunk, now_s: float) -> None:
         out = self.outbox
+        out.delivered.count(reduced=chunk.steps < self._steps_full(), late=begun.live and now_s > begun.due_s)
         out.put(Measure("chunk_latency", now_s - begun.released_s))
         out.put(Measure("batch_size", chunk.batch_size))
         if begun.live:
@@ -203,6 +204,10 @@ class SessionCredits(SessionFacts):
             out.put(Measure("input_to_frame", now_s - asked_s))
         if chunk.index == 0 and self.first_attach_s is not None:
             out.put(Measure("first_chunk_latency", now_s - self.first_attach_s))
+
+    def _steps_full(self) -> int:
+        """Denoise steps that it was opened with; under overload the controller sets fewer."""
+        return self.steps if self.wish is None else int(self.wish.steps)
 
     def _watch_pause(self, now_s: float) -> None:
         """A stream pauses when its viewer waits for a chunk and nobody owns the session."""

@@ -84,7 +84,8 @@ class SessionFacts:
     refusals: int = 0
     refused_epoch: int = 0
     """The epoch whose owner takes no credit any more; a newer one is awaited."""
-    reported: tuple[bool, bool] | None = None
+    reported: tuple[bool, bool, Period | None, StreamClock] | None = None
+    """(active, attached, the period while active, its clock), as the controller was told last."""
     shown: tuple[Any, ...] | None = None
     scheduled_s: float | None = None
     first_attach_s: float | None = None
@@ -118,12 +119,21 @@ class SessionFacts:
 
     def _report(self, now_s: float) -> None:
         lagging = self.full_s is not None and now_s - self.full_s >= IDLE_REPORT_S
-        report = (self._wants() and not lagging, self.viewer is not None)
-        if report != self.reported:
-            self.reported = report
-            self.outbox.put(
-                ToController(messages.SessionActivity(session_id=self.sid, active=report[0], attached=report[1]))
-            )
+        active, attached = self._wants() and not lagging, self.viewer is not None
+        period = self.period if active else None
+        report = (active, attached, period, self.clock)
+        if report == self.reported:
+            return
+        self.reported = report
+        activity = messages.SessionActivity(
+            session_id=self.sid,
+            active=active,
+            attached=attached,
+            due_index=self.next_index,
+            due_s=None if period is None else period.due_s(self.next_index, self.clock, now_s) - now_s,
+            every_s=self.clock.chunk_s if period is not None and period.pace is Pace.LIVE else 0.0,
+        )
+        self.outbox.put(ToController(activity))
 
     def _show(self) -> None:
         """Tell the viewer the state when it is another than it was told last."""

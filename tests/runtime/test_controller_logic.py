@@ -267,6 +267,7 @@ def test_snapshot_is_what_the_page_needs():
     started(logic, "w0")
     logic.on_message(GATEWAY, create(1), 1.0)
     shown = logic.snapshot()
+    assert shown["workers"][0] | {"group": "w0", "gpu_count": 0} == shown["workers"][0]
     assert shown["workers"][0] | {"id": "w0", "state": "ready", "resident": 1, "capacity": 2} == shown["workers"][0]
     assert shown["sessions"] == {"active": 1}
     assert all("reason" in one for one in shown["decisions"])

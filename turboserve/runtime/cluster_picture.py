@@ -58,6 +58,8 @@ def _worker(books: ControllerBooks, worker_id: str, worker: Worker, held: list[L
         "node": hello.node,
         "state": worker.state,
         "device": hello.device,
+        "gpu_count": hello.gpu_count,
+        "group": hello.group or worker_id,
         "model": hello.model,
         "epoch": hello.worker_epoch,
         "numerics_id": hello.numerics_id,

@@ -58,6 +58,9 @@ class WorkerHello(Message, frozen=True, kw_only=True):
     device: ShortText
     device_class: ShortText
     gpu_count: Count = 0
+    """GPUs of the model copy that this worker is; 0 on a CPU."""
+    group: ShortText = ""
+    """The processes that together are this worker, one a GPU; one alone is named after itself (docs/design.md)."""
     slot_count: Count
     capacity: Count
     session_bytes: Count = 0

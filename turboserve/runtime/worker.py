@@ -135,6 +135,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
         device=config.device,
         device_class=numerics.device_class,
         gpu_count=config.gpu_count if model.device.type == "cuda" else 0,
+        group=config.worker_id,
         slot_count=slots,
         capacity=min(config.capacity, slots),
         session_bytes=state_bytes(layout),

@@ -25,6 +25,7 @@ class MemoryStore:
         self.rows: dict[str, list] = {}
         self.requests: dict[str, tuple[SessionRecord, m.CreateSession]] = {}
         self.numbers: dict[str, int] = {}
+        self.wishes: dict[int, list[tuple[str, str]]] = {}
 
     def insert(self, record: SessionRecord, request: bytes = b"") -> None:
         if record.session_id in self.rows:
@@ -48,6 +49,13 @@ class MemoryStore:
 
     def forget(self, session_id: str) -> None:
         del self.rows[session_id], self.requests[session_id]
+
+    def record_wish(self, op_id: int, wishes: list[tuple[str, str]]) -> None:
+        assert op_id not in self.wishes
+        self.wishes[op_id] = wishes
+
+    def recorded_wish(self, op_id: int) -> list[tuple[str, str]] | None:
+        return self.wishes.get(op_id)
 
     def next_epoch(self, name: str) -> int:
         self.numbers[name] = self.numbers.get(name, 0) + 1

@@ -558,6 +558,26 @@ def test_a_gateway_that_was_restarted_keeps_its_sessions():
     assert (heard(cluster, m.SessionPlaced)[-1].epoch, cluster.state(1)) == (1, SessionState.RUNNING)
 
 
+def test_a_wish_for_workers_that_the_next_controller_hears_again_is_the_same_requests():
+    cluster = running("w0")
+    op_id = next(_ops)
+    asked = m.AdminCommand(op_id=op_id, kind="add_workers", count=2)
+    first = cluster.tell(GATEWAY, asked)
+    requests = [(one.request_id, one.worker_id) for one in cluster.launcher]
+    cluster.restart_controller()
+    cluster.logic.generation += 1
+    cluster.settle()
+    again = cluster.tell(GATEWAY, asked)
+    assert (again.state, again.message) == (first.state, first.message)
+    assert [(one.request_id, one.worker_id) for one in cluster.launcher] == 2 * requests
+    assert set(cluster.logic.expected) == {"w1", "w2"}
+    # One of them has come and gone meanwhile; the launcher says so.
+    cluster.tell(LAUNCHER, m.FleetEvent(worker_id="w1", kind="exited", request_id=requests[0][0]))
+    assert set(cluster.logic.expected) == {"w2"}
+    cluster.admin("add_workers", count=1)
+    assert cluster.launcher[-1].request_id not in dict(requests), "another wish is another request"
+
+
 def test_workers_are_asked_for_counted_and_released():
     cluster = running("w0")
     done = cluster.admin("add_workers", count=2)

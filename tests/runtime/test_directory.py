@@ -70,6 +70,19 @@ def test_epochs_grow_across_restarts(tmp_path):
     assert seen == [1, 1, 2, 2, 3, 3]
 
 
+def test_wishes_for_workers_come_back_and_the_oldest_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("turboserve.runtime.directory.WISHES_KEPT", 2)
+    directory = Directory(tmp_path / "d.sqlite")
+    for op_id in (70, 50, 60):
+        directory.record_wish(op_id, [(f"1-{op_id}", "w2"), (f"1-{op_id + 1}", "w3")])
+    directory.close()
+    again = Directory(tmp_path / "d.sqlite")
+    assert again.recorded_wish(50) == [("1-50", "w2"), ("1-51", "w3")]
+    assert again.recorded_wish(60) is not None and again.recorded_wish(70) is None
+    with pytest.raises(sqlite3.IntegrityError):
+        again.record_wish(60, [])
+
+
 def test_what_own_returned_survives_a_kill(tmp_path):
     """A process is killed at once after `own` answered; the answer must be in the file."""
     script = f"""

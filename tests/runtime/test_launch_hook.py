@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from turboserve.runtime import launch_hook
+from turboserve.runtime import cluster, launch_hook
 from turboserve.runtime import messages as m
 from turboserve.runtime.cluster import FleetHost
 from turboserve.runtime.fleet_link import FleetLink
@@ -110,10 +110,20 @@ def test_a_wish_counts_once_however_often_it_comes():
     theirs.send(wish)
     host.poll()
     assert backend.added == ["w5"]
-    assert [one.worker_id for one in theirs.receive()] == ["w0", "w1"]
+    assert [one.worker_id for one in theirs.receive()] == ["w0", "w5", "w1"]
     again = FleetLink(host.new_link())
     assert theirs.receive() == [] and theirs.closed, "a new controller has a line of its own"
     again.send(wish)
     host.poll()
-    assert backend.added == ["w5"]
-    host.new_link().close()
+    assert backend.added == ["w5"], "another controller repeats the wish of the one before"
+    assert [(one.worker_id, one.kind) for one in again.receive()] == [("w0", "started"), ("w5", "exited")]
+    again.send(m.FleetWish(request_id="2-1", kind="add", worker_id="w6"))
+    host.new_link().close()  # it died before the launcher looked, and may have answered its operator
+    assert backend.added == ["w5", "w6"]
+
+
+def test_requests_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "REQUESTS_KEPT", 3)
+    seen = cluster.SeenWishes()
+    assert [seen.is_new(one) for one in ("a", "b", "a", "c", "d", "d")] == [True, True, False, True, True, False]
+    assert seen.is_new("a"), "the oldest is forgotten"

@@ -16,6 +16,7 @@ from turboserve.orchestrator.eviction import Partition
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.orchestrator.scheduler import Memory, TickConfig, tick
 from turboserve.runtime import messages as m
+from turboserve.runtime.cluster import SeenWishes
 from turboserve.runtime.controller_books import GATEWAY, Drop, DropFile, DropHost, DropPoints, Load, Send, Spill
 from turboserve.runtime.controller_logic import ControllerLogic
 from turboserve.runtime.controller_storage import StoredBytes
@@ -54,14 +55,17 @@ class SimController(Process):
         self.arena = arena
         self.worker_count = workers
         self.on_crash: Callable[[], None] = lambda: None
+        self.on_start: Callable[[], None] = lambda: None
         self.to_launcher: Callable[[m.FleetWish], None] = lambda wish: None
+        self.dies_at_wish = False
+        """It dies once it has asked the launcher for a worker, and answers nobody."""
+        self.add_ops: set[int] = set()
+        """Wishes for a worker that this controller or one before it has heard."""
         self._channels: dict[str, Channel] = {}
 
     def start(self) -> None:
         self.born()
         self._channels = {}
-        self.add_ops: set[int] = set()
-        self.added = 0
         self.logic = ControllerLogic(
             self.directory,
             lambda view, memory, now_s: tick(view, memory, now_s, TICK),
@@ -83,6 +87,7 @@ class SimController(Process):
         self._sweep_at_s = self.world.now_s + SWEEP_S
         self._count_at_s = self.world.now_s
         self._timer()
+        self.on_start()
 
     def _guard(self, act: Callable[[], Any]) -> None:
         """Carry out an event's effects; a crash in the directory ends the process there and then."""
@@ -94,7 +99,8 @@ class SimController(Process):
             self.on_crash()
             return
         for effect in effects:
-            self._carry_out(effect)
+            if self.alive:
+                self._carry_out(effect)
 
     def _carry_out(self, effect: Any) -> None:
         match effect:
@@ -118,16 +124,12 @@ class SimController(Process):
                     self._lost(effect.to, channel)
             case Send():
                 if effect.to == LAUNCHER:
-                    self._count_wish(effect.message)
                     self.to_launcher(effect.message)
+                    if effect.message.kind == "add" and self.dies_at_wish:
+                        self.dies_at_wish = False
+                        self.on_crash()
                 elif channel := self._channels.get(effect.to):
                     channel.send(self, effect.message)
-
-    def _count_wish(self, wish: m.FleetWish) -> None:
-        """I9: one worker for each wish for one, however often this controller heard it."""
-        self.added += wish.kind == "add"
-        if self.added > len(self.add_ops):
-            raise Violation("I9 one wish for a worker was carried out twice")
 
     def _spilled(self, sid: str) -> None:
         size = self.arena.spill(sid)
@@ -207,10 +209,13 @@ class Cluster:
         self.controller = SimController(world, self.directory, self.arena, workers)
         self.workers: dict[str, SimWorker] = {}
         self.gone: set[str] = set()
+        self.seen = SeenWishes()
+        self.added = 0
         self.faults_on = True
         self._count = 0
         self.controller.on_crash = lambda: self.kill(self.controller)
         self.controller.to_launcher = self._wish
+        self.controller.on_start = self._tell_present
         self.gateway.connect = self._gateway_to_controller
         self.gateway.on_accept = self._accepted
         self.arena.on_commit = self._point
@@ -265,6 +270,11 @@ class Cluster:
         if self.controller.alive:
             self.controller.hear_launcher(m.FleetEvent(worker_id=worker_id, kind=kind, exit_code=code))
 
+    def _tell_present(self) -> None:
+        """What a new controller hears first (runtime/cluster.py)."""
+        for one in self.serving:
+            self._tell(one.name, "started")
+
     def kill(self, process: Process) -> None:
         """kill -9, and the launcher starts it again."""
         if not process.alive:
@@ -293,16 +303,26 @@ class Cluster:
 
     def _wish(self, wish: m.FleetWish) -> None:
         worker = self.workers.get(wish.worker_id)
-        if wish.kind == "add":
+        if not self.seen.is_new(wish.request_id):
+            self._tell(wish.worker_id, "started" if worker in self.serving else "exited")
+        elif wish.kind == "add":
             if worker is None:
+                self._count_add()
                 self.add_worker(wish.worker_id)
             elif wish.worker_id in self.gone:
+                self._count_add()
                 self.gone.discard(wish.worker_id)
                 self.world.at(0.2, lambda: self._start(worker))
         elif wish.kind == "remove" and worker is not None and worker.alive:
             worker.call(worker.terminate)()
         elif wish.kind == "kill" and worker is not None:
             self.kill(worker)
+
+    def _count_add(self) -> None:
+        """I9: one worker for each wish for one, however often controllers heard it."""
+        self.added += 1
+        if self.added > len(self.controller.add_ops):
+            raise Violation("I9 one wish for a worker was carried out twice")
 
     @property
     def serving(self) -> list[SimWorker]:

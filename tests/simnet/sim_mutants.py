@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import sim_worker
+from sim_store import SimDirectory
 
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import ControllerBooks, DropPoints
@@ -254,6 +255,11 @@ def zombie_is_not_told_to_let_go(right: Any, self: Any, source: str, opened: Any
 def copy_is_freed_before_its_successor_is_there(right: Any, self: Any, live: Any, *args: Any) -> Any:
     self._out.append(DropPoints(live.record.session_id))
     return right(self, live, *args)
+
+
+@mutant(SimDirectory, "record_wish")
+def wish_is_not_durable_before_the_launcher_is_asked(right: Any, self: Any, op_id: int, wishes: Any) -> None:
+    return None
 
 
 @mutant(ControllerFleet, "_stop_if_empty")

@@ -283,6 +283,8 @@ class Schedule:
             self.leaving.add(worker.name)
             self._admin("drain", worker_id=worker.name)
             self._admin("add_workers", count=1)
+            if self.weights[FAULTS.index("kill_controller")] and self.world.rng.random() < 0.3:
+                self.cluster.controller.dies_at_wish = True
 
     def _deed_prompt(self) -> None:
         if (viewer := self._viewer()) is not None:
@@ -325,6 +327,7 @@ class Schedule:
         cluster.links.jitter = 0.0
         cluster.arena.full = False
         cluster.directory.crash_in = 0
+        cluster.controller.dies_at_wish = False
         for process in (*cluster.workers.values(), cluster.gateway, cluster.controller):
             process.cont()
         for worker in cluster.workers.values():

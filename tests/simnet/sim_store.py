@@ -100,6 +100,7 @@ class SimDirectory:
         self.owners: dict[tuple[str, int], str | None] = {}
         self.epochs: dict[str, int] = {}
         self.numbers: dict[str, int] = {}
+        self.wishes: dict[int, list[tuple[str, str]]] = {}
         self.crash_in = 0
         self.ended: set[str] = set()
 
@@ -150,6 +151,12 @@ class SimDirectory:
                 row.move_id, row.move_target = move_id, target
 
             self._write(write)
+
+    def record_wish(self, op_id: int, wishes: list[tuple[str, str]]) -> None:
+        self._write(lambda: self.wishes.__setitem__(op_id, wishes))
+
+    def recorded_wish(self, op_id: int) -> list[tuple[str, str]] | None:
+        return self.wishes.get(op_id)
 
     def forget(self, session_id: str) -> None:
         self._write(lambda: self.rows.pop(session_id, None))

@@ -67,6 +67,22 @@ class BothBackends:
         self._grown.close()
 
 
+class SeenWishes:
+    """Which requests were carried out, of this controller and of those before it; the newest REQUESTS_KEPT."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[str, None] = OrderedDict()
+
+    def is_new(self, request_id: str) -> bool:
+        """True once for each request."""
+        if request_id in self._seen:
+            return False
+        self._seen[request_id] = None
+        while len(self._seen) > REQUESTS_KEPT:
+            self._seen.popitem(last=False)
+        return True
+
+
 class FleetHost:
     """The launcher's end of the fleet link."""
 
@@ -74,11 +90,12 @@ class FleetHost:
         self._backend = backend
         self._log = log
         self._link: FleetLink | None = None
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._seen = SeenWishes()
 
     def new_link(self) -> socket.socket:
         """For a controller that is about to start: its end, to be handed down and then closed here."""
         if self._link is not None:
+            self.poll()  # what an earlier one wished before it died may have been answered by it
             self._link.close()
         self._link, theirs = FleetLink.pair()
         for event in self._backend.present():
@@ -104,11 +121,9 @@ class FleetHost:
                 link.send(event)
 
     def _carry_out(self, wish: m.FleetWish) -> None:
-        if wish.request_id in self._seen:
+        if not self._seen.is_new(wish.request_id):
+            self._tell_again(wish)
             return
-        self._seen[wish.request_id] = None
-        while len(self._seen) > REQUESTS_KEPT:
-            self._seen.popitem(last=False)
         self._log.info("wish", kind=wish.kind, worker=wish.worker_id)
         if wish.kind == "add":
             self._backend.add(wish.worker_id, wish.request_id)
@@ -118,6 +133,15 @@ class FleetHost:
             self._backend.kill(wish.worker_id)
         else:
             self._log.error("no such wish", kind=wish.kind)
+
+    def _tell_again(self, wish: m.FleetWish) -> None:
+        """A controller repeats what one before it had asked for: it missed what came of it."""
+        there = [one for one in self._backend.present() if one.worker_id == wish.worker_id]
+        gone = m.FleetEvent(
+            worker_id=wish.worker_id, kind="exited", request_id=wish.request_id, reason="it came, and has gone since"
+        )
+        if self._link is not None:
+            self._link.send(there[0] if there else gone)
 
     def say_stopping(self) -> None:
         """The server ends: the controller suspends every session and stops every worker."""

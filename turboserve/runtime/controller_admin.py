@@ -74,18 +74,29 @@ class ControllerAdmin(ControllerFleet):
         self._answer(op_id, code="conflict", message=message, retry_after_s=0.2)
 
     def _admin_add(self, asked: m.AdminCommand, now_s: float) -> None:
-        there = len(self.workers) + len(self.expected)
         view = self.view
         fixed = view.workers_min == view.workers_max
+        asked_before = self._store.recorded_wish(asked.op_id)
+        if asked_before is not None:
+            # An earlier controller was about to ask, or had asked: the launcher knows which, by the request ids.
+            self._ask_again(asked_before, now_s)
+            self._added(asked.op_id, [worker_id for _, worker_id in asked_before], fixed)
+            return
+        there = len(self.workers) + len(self.expected)
         most = WORKERS_MAX if fixed else view.workers_max
         if asked.count < 1 or there + asked.count > most:
             message = f"{there} workers are here; at most {most} may be"
             self._answer(asked.op_id, code="conflict", message=message)
             return
+        wished = self._add_workers(
+            asked.count, "asked by an operator", now_s, lambda wishes: self._store.record_wish(asked.op_id, wishes)
+        )
+        self._added(asked.op_id, wished, fixed)
+
+    def _added(self, op_id: int, worker_ids: list[str], fixed: bool) -> None:
         if fixed:
-            view.workers_min = view.workers_max = there + asked.count
-        wished = self._add_workers(asked.count, "asked by an operator", now_s)
-        self._answer(asked.op_id, state="starting", message=", ".join(wished))
+            self.view.workers_min = self.view.workers_max = len(self.workers) + len(self.expected)
+        self._answer(op_id, state="starting", message=", ".join(worker_ids))
 
     def _admin_migrate(self, asked: m.AdminCommand, live: Live, now_s: float) -> None:
         target = asked.worker_id

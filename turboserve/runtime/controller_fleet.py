@@ -7,6 +7,7 @@ from elsewhere with the cluster's token are taken in as they are, up to `JOINED_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -199,20 +200,35 @@ class ControllerFleet(ControllerRecovery):
 
     # ------------------------------------------------------------------ growing and shrinking
 
-    def _add_workers(self, count: int, reason: str, now_s: float) -> list[str]:
-        """Ask the launcher for workers; their ids."""
-        wished = []
+    def _add_workers(
+        self,
+        count: int,
+        reason: str,
+        now_s: float,
+        record: Callable[[list[tuple[str, str]]], None] = lambda wishes: None,
+    ) -> list[str]:
+        """Ask the launcher for workers; their ids. `record` makes an operator's wish durable before it leaves: it is
+        said again to the next controller, where the tick's own is decided anew from the workers that there are."""
+        wishes = []
         for _ in range(count):
             number = 0
             while (worker_id := f"w{number}") in self.workers or worker_id in self.expected:
                 number += 1
             self._expect(worker_id, now_s)
             self._wishes += 1
-            wish = m.FleetWish(request_id=f"{self.generation}-{self._wishes}", kind="add", worker_id=worker_id)
-            self._out.append(Send(LAUNCHER, wish))
             self._note(now_s, "worker_request", worker=worker_id, reason=reason)
-            wished.append(worker_id)
-        return wished
+            wishes.append((f"{self.generation}-{self._wishes}", worker_id))
+        record(wishes)
+        for request_id, worker_id in wishes:
+            self._out.append(Send(LAUNCHER, m.FleetWish(request_id=request_id, kind="add", worker_id=worker_id)))
+        return [worker_id for _, worker_id in wishes]
+
+    def _ask_again(self, wishes: list[tuple[str, str]], now_s: float) -> None:
+        """The same requests as before. The launcher carries out those that it has not seen, and says of the others
+        what became of them."""
+        for request_id, worker_id in wishes:
+            self._expect(worker_id, now_s)
+            self._out.append(Send(LAUNCHER, m.FleetWish(request_id=request_id, kind="add", worker_id=worker_id)))
 
     def _expect(self, worker_id: str, now_s: float) -> None:
         """It is on its way: the scheduler counts it as starting."""

@@ -8,6 +8,7 @@ is unsure asks the directory. Rows are small (a few hundred bytes); frames and t
 from __future__ import annotations
 
 import fcntl
+import json
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,11 @@ CREATE TABLE IF NOT EXISTS sessions (
     state TEXT NOT NULL, epoch INTEGER NOT NULL, owner TEXT, reason TEXT NOT NULL, strikes INTEGER NOT NULL,
     request BLOB NOT NULL DEFAULT x'', move_id INTEGER NOT NULL DEFAULT 0, move_target TEXT NOT NULL DEFAULT ''
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS wishes (number INTEGER PRIMARY KEY AUTOINCREMENT, op_id INTEGER NOT NULL UNIQUE,
+    wishes TEXT NOT NULL);
 """
+WISHES_KEPT = 256
+"""Operators' wishes for workers; a gateway repeats one for seconds, not for so many others."""
 _TO_VERSION_2 = (
     "ALTER TABLE sessions ADD COLUMN request BLOB NOT NULL DEFAULT x''",
     "ALTER TABLE sessions ADD COLUMN move_id INTEGER NOT NULL DEFAULT 0",
@@ -142,6 +147,17 @@ class Directory:
         self._db.execute(
             "UPDATE sessions SET move_id = ?, move_target = ? WHERE session_id = ?", (move_id, target, session_id)
         )
+
+    def record_wish(self, op_id: int, wishes: list[tuple[str, str]]) -> None:
+        """What the launcher is about to be asked for, for an operator: each worker's (request_id, worker_id)."""
+        with self._transaction():
+            self._db.execute("INSERT INTO wishes (op_id, wishes) VALUES (?, ?)", (op_id, json.dumps(wishes)))
+            self._db.execute("DELETE FROM wishes WHERE number <= (SELECT MAX(number) FROM wishes) - ?", (WISHES_KEPT,))
+
+    def recorded_wish(self, op_id: int) -> list[tuple[str, str]] | None:
+        """What this or an earlier controller asked for under that wish; None when it is new."""
+        row = self._db.execute("SELECT wishes FROM wishes WHERE op_id = ?", (op_id,)).fetchone()
+        return None if row is None else [(request_id, worker_id) for request_id, worker_id in json.loads(row[0])]
 
     def forget(self, session_id: str) -> None:
         """Drop a session that ended."""

@@ -487,6 +487,42 @@ def test_a_worker_that_ends_without_room_elsewhere_leaves_its_sessions_in_host_m
     assert [cluster.state(number) for number in (1, 2)] == [SessionState.RUNNING] * 2
 
 
+def test_a_worker_told_twice_to_end_leaves_its_sessions_on_disk():
+    cluster = running("w0", sessions=2)
+    worker = cluster.workers["w0"]
+    cluster.tell("w0", m.WorkerLeaving(worker_id="w0", worker_epoch=1))
+    cluster.tell("w0", m.WorkerLeaving(worker_id="w0", worker_epoch=1, at_once=True))
+    cluster.settle()
+    assert worker.stopped and not worker.held, "no time has passed"
+    assert [cluster.state(number) for number in (1, 2)] == [SessionState.SPILLING] * 2
+    for number in (1, 2):
+        cluster.carry_out(cluster.logic.spilled(sid(number), 4096, cluster.now_s))
+    assert [cluster.state(number) for number in (1, 2)] == [SessionState.DISK] * 2
+    assert not any(live.record.strikes for live in cluster.logic.sessions.values())
+    cluster.start("w1")
+    cluster.settle()
+    assert [cluster.state(number) for number in (1, 2)] == [SessionState.RUNNING] * 2
+
+
+def test_a_server_told_twice_to_end_takes_away_what_no_worker_answers_for():
+    cluster = running("w0", "w1", sessions=2)
+    deaf = cluster.workers[cluster.owner(1)]
+    cluster.tell(LAUNCHER, m.FleetEvent(worker_id="", kind="stopping"))
+    cluster.tell(LAUNCHER, m.FleetEvent(worker_id="", kind="stopping_now"))
+    deaf.heard.clear()  # it never hears that it is to suspend
+    cluster.settle()
+    assert cluster.state(1) is SessionState.OFFLOADING
+    cluster.wait(1.0)
+    assert cluster.state(1) is SessionState.OFFLOADING
+    cluster.wait(1.0)
+    assert cluster.state(1) is SessionState.SPILLING and cluster.owner(1) is None
+    cluster.carry_out(cluster.logic.spilled(sid(1), 4096, cluster.now_s))
+    cluster.carry_out(cluster.logic.spilled(sid(2), 0, cluster.now_s, "full"))
+    cluster.settle()
+    assert cluster.logic.stopped and cluster.logic.not_on_disk() == [sid(2)]
+    assert deaf.stopped
+
+
 def test_a_server_that_stops_puts_everything_on_disk_and_stops_the_workers():
     cluster = running("w0", "w1", sessions=2)
     workers = list(cluster.workers.values())

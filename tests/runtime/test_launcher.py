@@ -94,6 +94,34 @@ def test_sigterm_stops_all_and_exits_0(launched):
     assert not any(alive(pid) for pid in pids.values())
 
 
+STUBBORN = CHILD.replace("time.sleep(600)", "signal.signal(15, lambda *_: None)\nwhile True: time.sleep(1)").replace(
+    "import sys, time", "import signal, sys, time"
+)
+
+
+@pytest.mark.parametrize(("signals", "within_s"), [(2, 3.0), (3, 1.0)])
+def test_a_second_signal_waits_a_little_and_a_third_not_at_all(signals, within_s):
+    program = LAUNCHER.replace(repr(CHILD), repr(STUBBORN)).replace("shutdown_timeout_s=5", "shutdown_timeout_s=60")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    try:
+        pids = json.loads(process.stdout.readline())
+        time.sleep(0.5)  # until the children have their handlers
+        began_s = time.monotonic()
+        for _ in range(signals):
+            process.terminate()
+            time.sleep(0.2)
+        assert process.wait(timeout=15) == 0
+        took_s = time.monotonic() - began_s
+        assert took_s < within_s + 1.5 and (signals == 3 or took_s > within_s - 0.5)
+        assert not any(alive(pid) for pid in pids.values())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_sigint_exits_130(launched):
     process, _ = launched
     process.send_signal(signal.SIGINT)

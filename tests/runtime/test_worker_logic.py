@@ -267,6 +267,36 @@ def test_leaving_ends_when_nothing_is_left_or_the_time_is_over():
     assert kinds(alone.on_terminate(0.0)) == ["Hold", "Stop"]  # nobody to ask, nothing held
 
 
+def test_told_twice_it_suspends_what_it_has_and_ends_soon():
+    logic = opened()
+    logic.on_terminate(1.0)
+    leaving, stop = logic.on_terminate(2.0)
+    assert leaving.message.at_once and stop == e.Stop(SID, 1, release=True)
+    assert logic.on_message(CONTROLLER, m.SuspendSession(session_id=SID, epoch=1), 2.0) == []  # it is at it already
+    assert kinds(logic.on_engine(e.Stopped(SID, 0, 77), 1, 2.1)) == ["SessionSuspended"]
+    assert not any(isinstance(one, Stop) for one in logic.on_timer(4.9)), "StopWorker is the controller's to say"
+    logic.on_disconnect(CONTROLLER, 4.9)
+    slow = opened()
+    slow.on_terminate(1.0)
+    slow.on_terminate(2.0)
+    [ends] = [one for one in slow.on_timer(5.0) if isinstance(one, Stop)]
+    assert ends.code == 0 and SID in ends.reason and "input log" in ends.reason
+    third = opened()
+    for _ in range(2):
+        third.on_terminate(1.0)
+    assert kinds(third.on_terminate(1.1)) == ["Stop"]
+
+
+def test_told_twice_it_suspends_also_what_a_move_gives_back():
+    logic = opened()
+    logic.on_message(CONTROLLER, hand_over(), 0.2)
+    for _ in range(2):
+        assert e.Stop(SID, 1, release=True) not in logic.on_terminate(1.0)
+    logic.on_engine(e.Stopped(SID, 0, 77), 1, 1.1)
+    logic.on_message(CONTROLLER, open_session(epoch=2, adopt=True), 1.2)
+    assert e.Stop(SID, 2, release=True) in logic.on_engine(e.Opened(SID, 0, adopted=True), 2, 1.3)
+
+
 def test_a_peer_that_sends_what_is_not_its_to_send_is_dropped():
     logic = opened()
     assert isinstance(logic.on_message(GATEWAY, open_session(), 0.2)[0], Drop)

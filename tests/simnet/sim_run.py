@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,7 @@ class Schedule:
 
     def __init__(self, seed: int) -> None:
         self.world = world = World(seed)
+        self._impatient = random.Random(f"impatient {seed}")
         rng = world.rng
         self.options = {
             "workers": rng.choice([2, 3, 3]),
@@ -244,6 +246,8 @@ class Schedule:
             if worker.alive:
                 self.leaving.add(worker.name)
                 worker.call(worker.terminate)()
+                if self._impatient.random() < 0.4:
+                    self.world.at(self._impatient.uniform(0.0, 1.5), worker.call(worker.terminate))
 
     def _fault_slow_worker(self) -> None:
         worker = self._worker()

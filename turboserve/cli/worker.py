@@ -37,7 +37,8 @@ from turboserve.errors import ConfigError
 @click.option("--log-format", default="auto", type=click.Choice(["auto", "console", "json"]))
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 def command(**options: Any) -> None:
-    """Join a running server as a worker on this machine. Ctrl-C or SIGTERM asks to be drained; a second one ends it.
+    """Join a running server as a worker on this machine. Ctrl-C or SIGTERM asks to be drained; a second one suspends
+    what is left and ends.
 
     Both sides prove that they hold the server's token before anything else is said. Frames go over the network
     unencoded, so the link should carry a few MB/s for each active session. Recovery points lie in the worker's own

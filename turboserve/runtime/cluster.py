@@ -143,8 +143,8 @@ class FleetHost:
         if self._link is not None:
             self._link.send(there[0] if there else gone)
 
-    def say_stopping(self) -> None:
-        """The server ends: the controller suspends every session and stops every worker."""
+    def say_stopping(self, at_once: bool) -> None:
+        """The server ends: the controller suspends every session and stops every worker. `at_once`: told twice."""
         self._backend.close()
         if self._link is not None:
-            self._link.send(m.FleetEvent(worker_id="", kind="stopping"))
+            self._link.send(m.FleetEvent(worker_id="", kind="stopping_now" if at_once else "stopping"))

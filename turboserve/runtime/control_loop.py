@@ -55,6 +55,8 @@ FIGURES_S = 2.0
 """How often the bytes in the arena and on disk are counted."""
 FIGURES_SOON_S = 0.2
 """The same while somebody finds no room."""
+WRITE_S, WRITE_AT_ONCE_S = 5.0, 2.0
+"""A controller that ends waits so long for points that are being written; the second after a second signal."""
 Stored = Callable[[str, int, float, str], list[Effect]]
 """`ControllerLogic.spilled` or `.loaded`."""
 
@@ -165,13 +167,27 @@ class ControlLoop:
             if self._fleet is not None:
                 loop.remove_reader(self._fleet)
                 self._fleet.close()
-            if self._points is not None:
-                await asyncio.to_thread(self._points.close)
-                await asyncio.sleep(0)  # what it posted last is still written down
+            await self._finish_writing()
             self._directory.close()
             if self._recorder is not None:
                 self._recorder.close()
         return 1 if self._failed else 0
+
+    async def _finish_writing(self) -> None:
+        """Points on their way to disk get a moment; the log says of which sessions there is none."""
+        points = self._points
+        if points is None:
+            return
+        within_s = WRITE_S if self._logic.take_away_at_s is None else WRITE_AT_ONCE_S
+        for _ in range(round(within_s / 0.01)):
+            if self._failed or not self._logic.spilling:
+                break
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(points.close)
+        self._points = None
+        await asyncio.sleep(0)  # what was posted last is still written down
+        if self._logic.stopping and (left := self._logic.not_on_disk()):
+            self._log.warning("not on disk: made again from the input log", count=len(left), sessions=left[:20])
 
     def _take_over(self) -> None:
         """What the directory has of an earlier controller."""

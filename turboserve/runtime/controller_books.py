@@ -137,6 +137,8 @@ class ControllerBooks:
         self.point_counts = {"spilled": 0, "read_back": 0, "evicted": 0, "not_spilled": 0}
         """What became of points for want of room, since this controller's start."""
         self.stopping = False
+        self.take_away_at_s: float | None = None
+        """The server was told twice to end: workers that have not suspended a session by then are not asked again."""
         self.generation = 0
         self._timer_s = float("inf")
         self._starting_rows: dict[str, int] = {}

@@ -14,7 +14,7 @@ from typing import Any
 from turboserve.orchestrator import plan as plans
 from turboserve.orchestrator import view as views
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, LAUNCHER, Drop, Send, Worker
+from turboserve.runtime.controller_books import GATEWAY, LAUNCHER, Drop, Phase, Send, Worker
 from turboserve.runtime.controller_recovery import ControllerRecovery
 from turboserve.session import SessionState
 
@@ -22,6 +22,8 @@ JOINED_MAX = 64
 WORKERS_MAX = 64
 LEAVE_S = 4.0
 """A worker that was told to end gets this long to be emptied by migration; what is left is then suspended."""
+ANSWER_S = 1.5
+"""A server that was told twice to end waits so long for its workers; the launcher waits longer (launcher.HURRY_S)."""
 DRAIN_S = 60.0
 """The same for one that an operator drains, whose process waits for us."""
 
@@ -127,9 +129,17 @@ class ControllerFleet(ControllerRecovery):
         self._out.append(Send(source, m.Lease(lease_s=self.lease_s, worker_epoch=beat.worker_epoch)))
 
     def _on_WorkerLeaving(self, source: str, leaving: m.WorkerLeaving, now_s: float) -> None:
-        if leaving.worker_id in self.workers:
-            self._drain(leaving.worker_id, "it was told to end", now_s, LEAVE_S)
-            self._tick(now_s)
+        worker = self.workers.get(leaving.worker_id)
+        if worker is None:
+            return
+        if leaving.at_once and not worker.at_once:
+            # No session did it if it is gone before they have left.
+            worker.at_once, worker.blamed = True, False
+            reason = "it was told to end twice: what is left there goes to disk"
+            self._note(now_s, "drain", worker=leaving.worker_id, reason=reason)
+        self._drain(leaving.worker_id, "it was told to end", now_s, 0.0 if leaving.at_once else LEAVE_S)
+        self._empty_late(now_s)
+        self._tick(now_s)
 
     # ------------------------------------------------------------------ drain and stop
 
@@ -167,9 +177,12 @@ class ControllerFleet(ControllerRecovery):
         """Workers that could not be emptied by migration in time: their sessions go to host memory."""
         for worker_id, worker in self.workers.items():
             if worker.suspend_at_s is not None and now_s >= worker.suspend_at_s:
+                reason = f"{worker_id} ends, and no other worker had room in time"
                 for live in self._held_by(worker_id):
+                    if worker.at_once and live.move is not None and live.move.phase is Phase.PREPARE:
+                        self._stay(live, now_s, f"{worker_id} was told to end twice")
                     if live.adopt_by_s is None:
-                        self._suspend(live, "host", now_s, f"{worker_id} ends, and no other worker had room in time")
+                        self._suspend(live, "disk" if worker.at_once else "host", now_s, reason)
 
     def stop(self, now_s: float) -> list[Any]:
         """The server ends: every session is suspended to disk, then every worker is stopped. See `stopped`."""
@@ -181,8 +194,31 @@ class ControllerFleet(ControllerRecovery):
         self._stop_step(now_s)
         return self._flush()
 
-    def _stop_step(self, now_s: float) -> None:
+    def stop_now(self, now_s: float) -> list[Any]:
+        """Told to end twice: workers have a moment to answer, then what they hold is taken from them."""
+        if self.take_away_at_s is None:
+            self.take_away_at_s = now_s + ANSWER_S
+        return self.stop(now_s)
+
+    def _take_away(self, now_s: float) -> None:
+        """Every session goes to disk as its newest point has it; the chunks after that are made again."""
         for live in list(self.sessions.values()):
+            record, owner = live.record, live.record.owner
+            if owner is None or record.state is SessionState.CLOSING:
+                continue
+            why = f"the server stops at once, and {owner} has not suspended it"
+            self._drop_prepared(live)
+            live.move = live.adopt_by_s = live.retry_at_s = None
+            self._to_recovering(live, why)
+            if self._own(live, None, SessionState.RECOVERING, why):
+                self._note(now_s, "recover", session=record.session_id, reason=why)
+
+    def _stop_step(self, now_s: float) -> None:
+        if self.take_away_at_s is not None and now_s >= self.take_away_at_s:
+            self._take_away(now_s)
+        for live in list(self.sessions.values()):
+            if live.record.state is SessionState.RECOVERING and live.record.owner is None:
+                self._move(live, SessionState.HOST, live.record.reason)  # its worker is gone: its point is left
             if live.record.state in (SessionState.RUNNING, SessionState.STALLED) and live.adopt_by_s is None:
                 self._suspend(live, "disk", now_s, "the server stops")
             elif live.record.state is SessionState.HOST and not live.spill_tried:
@@ -277,6 +313,8 @@ class ControllerFleet(ControllerRecovery):
             self._out.append(Drop(source, "FleetEvent is the launcher's to send"))
         elif event.kind == "stopping":
             self._out += self.stop(now_s)
+        elif event.kind == "stopping_now":
+            self._out += self.stop_now(now_s)
         elif event.kind in ("started", "backing_off"):
             self._expect(event.worker_id, now_s)
             if event.kind == "backing_off":

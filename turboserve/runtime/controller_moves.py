@@ -164,7 +164,8 @@ class ControllerMoves(ControllerOpening):
             if live.record.state not in _RESTING:
                 self._move(live, SessionState.STALLED)
             self._move(live, SessionState.OFFLOADING, "its worker ends")
-        to_disk = self.stopping or (live.move is not None and live.move.tier == "disk")
+        at_once = source in self.workers and self.workers[source].at_once
+        to_disk = self.stopping or at_once or (live.move is not None and live.move.tier == "disk")
         self._measure("offload_s", live.move, now_s)
         live.move, live.adopt_by_s = None, None
         live.next_index, live.point_bytes = suspended.next_index, suspended.point_bytes

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from turboserve.errors import ArenaFull, PoolExhausted, TurboServeError
+from turboserve.errors import ArenaFull, NotFound, PoolExhausted, TurboServeError
 from turboserve.orchestrator.eviction import Partition
 from turboserve.runtime.arena import Arena
 from turboserve.runtime.controller_storage import StoredBytes
@@ -21,6 +21,7 @@ from turboserve.runtime.recovery_store import RecoveryStore
 from turboserve.runtime.spill import SpillDirectory
 
 SWEEP_S = 10.0
+SPILL_TRIES = 3
 
 
 Done = Callable[[str, int, str], None]
@@ -42,8 +43,8 @@ class ControllerPoints:
         self._sweep_at_s = time.monotonic() + SWEEP_S
 
     def close(self) -> None:
-        """Finish what is begun: a point that is being written to disk is worth a moment."""
-        self._thread.shutdown(wait=True)
+        """Finish the one thing that is begun; what waits is left."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
     def on_disk(self) -> dict[str, int]:
         """session -> bytes of its point on disk."""
@@ -97,7 +98,7 @@ class ControllerPoints:
     def _spill(self, session_id: str, done: Done) -> None:
         bytes_, why = 0, "failed"
         try:
-            bytes_ = self._files.spill(self._store, session_id).file_bytes
+            bytes_ = self._spilled(session_id)
             failpoint("controller.spill.written")
         except PoolExhausted as error:
             why = "full"
@@ -106,6 +107,16 @@ class ControllerPoints:
             self._log.error("recovery point not written to disk", session=session_id, error=str(error))
         finally:
             self._post(done, session_id, bytes_, why)
+
+    def _spilled(self, session_id: str) -> int:
+        """Bytes of the file. A session that was taken from its worker may be written to meanwhile: then once more."""
+        for tries in range(SPILL_TRIES):
+            try:
+                return self._files.spill(self._store, session_id).file_bytes
+            except NotFound:
+                if tries == SPILL_TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     def _load(self, session_id: str, done: Done) -> None:
         bytes_, why = 0, "failed"

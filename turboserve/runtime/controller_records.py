@@ -86,6 +86,8 @@ class Worker:
     """If it goes now, one of its sessions may have done it; false once it was told to end."""
     closing: set[tuple[str, int]] = field(default_factory=set)
     """(session, epoch) that it was told to close and has not said to have released."""
+    at_once: bool = False
+    """It was told twice to end: what it suspends goes to disk."""
     suspend_at_s: float | None = None
     """Draining: what is still there then goes to host memory."""
     at_work: set[str] = field(default_factory=set)

@@ -41,6 +41,11 @@ class ControllerStorage(ControllerBooks):
     count_soon = False
     """Somebody found no room, or room was made: the bytes should be counted again now."""
 
+    @property
+    def spilling(self) -> bool:
+        """Whether points are on their way to disk."""
+        return any(one.record.state is SessionState.SPILLING for one in self.sessions.values())
+
     # ------------------------------------------------------------------ what is there
 
     def stored_bytes(self, found: StoredBytes, now_s: float) -> list[Effect]:
@@ -57,8 +62,7 @@ class ControllerStorage(ControllerBooks):
         return self._flush()
 
     def _make_room(self, found: StoredBytes, now_s: float) -> None:
-        under_way = sum(one.record.state is SessionState.SPILLING for one in self.sessions.values())
-        if under_way or not found.totals.get("disk_total_bytes"):
+        if self.spilling or not found.totals.get("disk_total_bytes"):
             return
         used = [one.used_bytes for one in found.partitions]
         points: list[eviction.StoredPoint] = []
@@ -112,7 +116,7 @@ class ControllerStorage(ControllerBooks):
                 live.disk_bytes = disk_bytes
                 self._move(live, SessionState.DISK, live.record.reason)
                 self.point_counts["spilled"] += 1
-                if not live.wanted:  # else it is opened from the arena at once
+                if not (live.wanted or self.stopping):  # else it is opened from the arena at once, or that ends too
                     live.point_bytes = 0
                     self._out.append(DropHost(session_id))
             else:
@@ -161,6 +165,10 @@ class ControllerStorage(ControllerBooks):
             self._out.append(DropFile(choice.session))
             self._tell_session(evicted)
         return bool(chosen)
+
+    def not_on_disk(self) -> list[str]:
+        """Sessions that have begun and of which no point lies on disk: a server that starts makes those again."""
+        return [one.record.session_id for one in self.sessions.values() if one.began and not one.disk_bytes]
 
     # ------------------------------------------------------------------ from disk
 

@@ -20,6 +20,9 @@ LIVED_S = 10.0
 """A process that lived for so long is started again at once; one that died sooner waits, twice as long each time."""
 BACK_OFF_MIN_S, BACK_OFF_MAX_S = 0.1, 10.0
 POLL_S = 0.05
+HURRY_S = {"gateway": 1.0, "asked": 3.0, "signalled": 1.0, "last": 3.0}
+"""After a second signal: what is waited for at most, 8 s in all. Viewers that are sent away; children that were asked
+to end by themselves, and then get SIGTERM; and the last ones, which still write to disk."""
 
 Start = Callable[[int], tuple[list[str], int, tuple[int, ...]]]
 """generation (0, 1, …) -> (argv, config descriptor to close after the spawn, other descriptors to hand down)"""
@@ -59,8 +62,10 @@ class Launcher:
         """Set it once the server was ready: from then on no death is a reason to give up."""
         self.on_event: Callable[[str, str, int, int, str], None] | None = None
         """Called with (name, started|backing_off|exited, pid, exit code, reason)."""
-        self.before_stopping: dict[int, Callable[[], None]] = {}
-        """Stop order -> what asks those children to end by themselves; they get most of the timeout for it."""
+        self._hurried_s: float | None = None
+        self.before_stopping: dict[int, Callable[[bool], None]] = {}
+        """Stop order -> what asks those children to end by themselves; they get most of the timeout for it. Called
+        with True after a second signal."""
         self._parent_read, self._parent_write = os.pipe()
         os.set_inheritable(self._parent_read, True)
 
@@ -149,8 +154,10 @@ class Launcher:
         return 130 if self._signal == signal.SIGINT else code
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self._signal is not None:
-            self._timeout_s = 0.0  # the second signal does not wait
+        if self._hurried_s is not None:
+            self._timeout_s = 0.0  # the third one does not wait at all
+        elif self._signal is not None:
+            self._hurried_s = time.monotonic()
         self._signal = number
 
     def _look_after(self) -> int:
@@ -187,16 +194,18 @@ class Launcher:
 
     def stop(self) -> None:
         """Ask the children to end, group by group; SIGTERM and then SIGKILL to what is left after the timeout."""
-        for order in sorted({child.stop_order for child in self._children}):
+        orders = sorted({child.stop_order for child in self._children})
+        for order in orders:
             group = [one for one in reversed(self._children) if one.stop_order == order and one.process is not None]
             ask = self.before_stopping.get(order)
             if ask is not None:
-                ask()
-                self._wait(group, 0.7)
+                ask(False)
+                self._wait(group, 0.7, HURRY_S["asked"], ask)
             for child in group:
                 if child.process is not None and child.process.poll() is None:
                     child.process.terminate()
-            self._wait(group, 1.0)
+            hurry = "signalled" if ask is not None else "last" if order == orders[-1] else "gateway"
+            self._wait(group, 1.0, HURRY_S[hurry])
             for child in group:
                 assert child.process is not None
                 if child.process.poll() is None:
@@ -205,12 +214,20 @@ class Launcher:
                 child.process.wait()
                 child.process = None
 
-    def _wait(self, group: list[Child], share: float) -> None:
-        """Until all of them have ended, or that share of the timeout is over."""
+    def _wait(
+        self, group: list[Child], share: float, hurry_s: float, ask: Callable[[bool], None] | None = None
+    ) -> None:
+        """Until all of them have ended, or that share of the timeout is over; `hurry_s` after a second signal."""
         asked_s = time.monotonic()
-        # The timeout is read anew each time: a second signal sets it to 0.
-        while time.monotonic() < asked_s + share * self._timeout_s:
-            if all(one.process is None or one.process.poll() is not None for one in group):
+        while any(one.process is not None and one.process.poll() is None for one in group):
+            # Both are read anew each time: signals change them.
+            by_s = asked_s + share * self._timeout_s
+            if self._hurried_s is not None:
+                by_s = min(by_s, max(asked_s, self._hurried_s) + hurry_s)
+                if ask is not None:
+                    ask(True)
+                    ask = None
+            if time.monotonic() >= by_s:
                 return
             time.sleep(0.01)
 

@@ -244,10 +244,11 @@ class SessionBroken(Message, frozen=True, kw_only=True):
 
 
 class WorkerLeaving(Message, frozen=True, kw_only=True):
-    """The worker was told to end (SIGTERM) and asks to be drained."""
+    """The worker was told to end (SIGTERM) and asks to be drained. `at_once`: told twice; its sessions go to disk."""
 
     worker_id: ShortText
     worker_epoch: Count
+    at_once: bool = False
 
 
 class WorkerProfiling(Message, frozen=True, kw_only=True):
@@ -629,7 +630,7 @@ class FleetWish(Message, frozen=True, kw_only=True):
 
 class FleetEvent(Message, frozen=True, kw_only=True):
     """What became of a worker process: started, exited for good (with its code), backing_off before it is started
-    again, failed. `stopping`, without a worker: the server ends."""
+    again, failed. `stopping`, without a worker: the server ends; `stopping_now`: it was told so twice."""
 
     worker_id: ShortText
     kind: ShortText

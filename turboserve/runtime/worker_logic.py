@@ -43,11 +43,12 @@ from turboserve.runtime.worker_books import (
     Stop,
     open_command,
 )
+from turboserve.runtime.worker_ending import WorkerEnding
 from turboserve.runtime.worker_far import POINTS_TOLD_S
-from turboserve.runtime.worker_moves import PREPARED_KEEP_S, WorkerMoves, handlers
+from turboserve.runtime.worker_moves import PREPARED_KEEP_S, handlers
 
 
-class WorkerLogic(WorkerMoves):
+class WorkerLogic(WorkerEnding):
     """One worker. All times are seconds of one monotonic clock, passed in."""
 
     def __init__(
@@ -59,10 +60,8 @@ class WorkerLogic(WorkerMoves):
         leave_timeout_s: float = 8.0,
         prepared_keep_s: float = PREPARED_KEEP_S,
     ) -> None:
-        super().__init__(hello, spec, prepared_keep_s=prepared_keep_s)
+        super().__init__(hello, spec, leave_timeout_s=leave_timeout_s, prepared_keep_s=prepared_keep_s)
         self._heartbeat_s = heartbeat_s
-        self._leave_timeout_s = leave_timeout_s
-        self._leave_by_s: float | None = None
         self._unanswered_s: deque[float] = deque()
         self._lease_s = 0.0
         self._held = True
@@ -141,6 +140,8 @@ class WorkerLogic(WorkerMoves):
             pass  # adopted since: the engine's answer to that comes
         elif isinstance(event, e.Opened):
             self._on_opened(event, session, now_s)
+            if self._at_once:
+                self._suspend_all()
         elif isinstance(event, e.OpenFailed):
             del self.sessions[event.session_id]
             for credit in session.early:
@@ -200,17 +201,6 @@ class WorkerLogic(WorkerMoves):
         if not self._held and now_s >= self._lease_until_s:
             self._held = True
             self._out.append(e.Hold(True))
-        self._stop_when_left(now_s)
-        return self._flush()
-
-    def on_terminate(self, now_s: float) -> list[Action]:
-        """SIGTERM: ask to be drained, and end when nothing is held or the time is over; the second ends at once."""
-        if self._leave_by_s is not None:
-            self._out.append(Stop("told to end twice"))
-            return self._flush()
-        self.draining = True
-        self._leave_by_s = now_s + self._leave_timeout_s
-        self._tell_leaving()
         self._stop_when_left(now_s)
         return self._flush()
 
@@ -325,18 +315,6 @@ class WorkerLogic(WorkerMoves):
 
     def _on_failure(self, failure: m.Failure, now_s: float) -> None:
         self._out.append(Stop(f"refused by a peer: {failure.code}: {failure.message}", code=1))
-
-    def _tell_leaving(self) -> None:
-        self._tell(m.WorkerLeaving(worker_id=self.hello.worker_id, worker_epoch=self.hello.worker_epoch))
-
-    def _stop_when_left(self, now_s: float) -> None:
-        """Once told to end: at the deadline, or when nothing is held and there is no controller to say StopWorker."""
-        if self._leave_by_s is None:
-            return
-        if now_s >= self._leave_by_s:
-            self._out.append(Stop(f"{len(self.sessions)} sessions were still here at the deadline"))
-        elif not self.sessions and not self.closing and CONTROLLER not in self._connected:
-            self._out.append(Stop("drained"))
 
 
 _HANDLERS: dict[tuple[str, type[m.Message]], Callable[[WorkerLogic, Any, float], None]] = {

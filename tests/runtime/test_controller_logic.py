@@ -25,6 +25,7 @@ class MemoryStore:
         self.rows: dict[str, list] = {}
         self.requests: dict[str, tuple[SessionRecord, m.CreateSession]] = {}
         self.numbers: dict[str, int] = {}
+        self.numerics: dict[str, tuple[str, int]] = {}
         self.wishes: dict[int, list[tuple[str, str]]] = {}
 
     def insert(self, record: SessionRecord, request: bytes = b"") -> None:
@@ -46,6 +47,9 @@ class MemoryStore:
 
     def set_move(self, session_id: str, move_id: int, target: str) -> None:
         self.rows[session_id][4] = (move_id, target)
+
+    def set_numerics(self, session_id: str, numerics_id: str, approximate_from: int) -> None:
+        self.numerics[session_id] = (numerics_id, approximate_from)
 
     def forget(self, session_id: str) -> None:
         del self.rows[session_id], self.requests[session_id]

@@ -49,7 +49,7 @@ class Cluster:
 
     def restart_controller(self) -> None:
         self.logic = make(store=self.store, **self.options)
-        self.logic.take_over(self.store.stored(), self.now_s, self.store.moves())
+        self.logic.take_over(self.store.stored(), self.now_s, self.store.moves(), numerics=self.store.numerics)
         for worker in self.workers.values():
             worker.connect()
 
@@ -441,6 +441,84 @@ def test_a_session_moves_only_to_a_worker_that_makes_the_same_bits():
     cluster.start("w2")
     cluster.settle()
     assert (cluster.owner(1), cluster.state(1)) == ("w2", SessionState.RUNNING)
+
+
+def with_another_kind(sessions: int = 1) -> Cluster:
+    """Sessions on w0; w1 makes other bits."""
+    cluster = running("w0", sessions=sessions)
+    start_another_kind(cluster)
+    return cluster
+
+
+def start_another_kind(cluster: Cluster) -> None:
+    cluster.start("w1")
+    other = cluster.workers["w1"]
+    fields = {name: getattr(other.hello, name) for name in other.hello.__struct_fields__} | {"numerics_id": "other"}
+    other.hello = m.WorkerHello(**fields)
+    other.connect()
+    cluster.settle()
+
+
+def placed_last(cluster: Cluster) -> m.SessionPlaced:
+    return heard(cluster, m.SessionPlaced)[-1]
+
+
+def test_told_so_a_session_goes_on_in_other_bits_and_says_so():
+    cluster = with_another_kind()
+    refused = cluster.admin("migrate", session_id=sid(1), worker_id="w1")
+    assert refused.code == "conflict" and "allow_approximate" in refused.message and "num" in refused.message
+    assert cluster.admin("migrate", session_id=sid(1), worker_id="w1", allow_approximate=True).state == "migrating"
+    cluster.settle()
+    assert (cluster.owner(1), cluster.state(1)) == ("w1", SessionState.RUNNING)
+    placed = placed_last(cluster)
+    assert (placed.numerics_id, placed.continuity) == ("other", "approximate")
+    assert cluster.store.numerics[sid(1)] == ("other", placed.next_index)
+    assert "approximate" in {one["event"] for one in cluster.logic.decisions}
+    cluster.restart_controller()
+    cluster.settle()
+    assert cluster.owner(1) == "w1" and placed_last(cluster).continuity == "approximate", "the chunk is not made yet"
+    cluster.active(1, True)
+    cluster.kill("w1")
+    cluster.wait(1.0)
+    assert cluster.state(1) is SessionState.RECOVERING, "back in the old bits it would change once more"
+    cluster.check()
+
+
+def test_a_session_without_a_change_of_bits_does_not_say_so():
+    cluster = running("w0", "w1")
+    assert all(one.continuity == "" for one in heard(cluster, m.SessionPlaced))
+    target = "w1" if cluster.owner(1) == "w0" else "w0"
+    cluster.admin("migrate", session_id=sid(1), worker_id=target, allow_approximate=True)
+    cluster.settle()
+    assert placed_last(cluster).continuity == "" and cluster.store.numerics[sid(1)] == ("num", -1)
+
+
+def test_after_a_loss_in_the_middle_it_is_not_made_in_other_bits():
+    cluster = with_another_kind()
+    cluster.admin("migrate", session_id=sid(1), worker_id="w1", allow_approximate=True)
+    cluster.kill("w0")
+    cluster.settle()
+    assert cluster.state(1) is SessionState.RECOVERING and cluster.owner(1) is None
+    assert not cluster.workers["w1"].held
+
+
+@pytest.mark.parametrize("suspended", [True, False])
+def test_one_that_waits_for_workers_that_are_gone_for_good_may_be_let_go_on(suspended):
+    cluster = running("w0")
+    if suspended:
+        cluster.active(1, False)
+        cluster.admin("suspend", session_id=sid(1))
+        cluster.settle()
+    cluster.kill("w0")
+    start_another_kind(cluster)
+    cluster.active(1, True)
+    cluster.wait(1.0)
+    assert cluster.owner(1) is None, "it waits for the same bits"
+    done = cluster.admin("migrate", session_id=sid(1), worker_id="w1", allow_approximate=True)
+    assert done.code == ""
+    cluster.settle()
+    assert (cluster.owner(1), cluster.state(1)) == ("w1", SessionState.RUNNING)
+    assert placed_last(cluster).continuity == "approximate"
 
 
 # ---------------------------------------------------------------- drain, stop, fleet

@@ -113,6 +113,24 @@ def test_session_ids_are_long_and_differ():
     assert all(len(one) == 26 and one.isalnum() and one == one.lower() for one in ids)
 
 
+def test_the_numerics_come_back_and_an_older_file_has_none(tmp_path):
+    directory = Directory(tmp_path / "d.sqlite")
+    directory.insert(record())
+    directory.insert(record("b" * 26, created_s=2.0))
+    directory.set_numerics("a" * 26, "abc", 7)
+    directory.close()
+    again = Directory(tmp_path / "d.sqlite")
+    assert [(one.numerics_id, one.approximate_from) for one in again.stored()] == [("abc", 7), ("", -1)]
+    for column in ("numerics_id", "approximate_from"):
+        again._db.execute(f"ALTER TABLE sessions DROP COLUMN {column}")
+    again._db.execute("UPDATE meta SET value = '2' WHERE key = 'version'")
+    again.close()
+    old = Directory(tmp_path / "d.sqlite")
+    assert [(one.numerics_id, one.approximate_from) for one in old.stored()] == [("", -1)] * 2
+    old.set_numerics("a" * 26, "abc", -1)
+    assert old.stored()[0].numerics_id == "abc"
+
+
 def test_what_was_asked_for_and_the_move_under_way_come_back(tmp_path):
     directory = Directory(tmp_path / "d.sqlite")
     directory.insert(record(), b"asked")

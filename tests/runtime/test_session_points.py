@@ -273,6 +273,20 @@ def test_what_was_made_by_another_class_of_machine_is_not_gone_on_with(node):
     assert source.restore(session_id("c"), 1, epoch=2) is None
 
 
+def test_when_told_so_it_goes_on_in_other_bits_but_never_with_another_model(node, chain):
+    source = node.engine(TinyModel())
+    begin(source)
+    chunks(source, range(3))
+    source.close(session_id("b"))
+    other, weights = node.engine(TinyModel(), numerics_id="m"), node.engine(TinyModel(seed=1), numerics_id="m")
+    assert weights.restore(session_id("b"), seed_of("b"), epoch=2, any_numerics=True) is None
+    assert weights.pool.free_count == 4
+    restored = other.restore(session_id("b"), seed_of("b"), epoch=2, any_numerics=True)
+    assert restored.digest == chain[2]
+    assert chunks(other, range(3, COUNT)) == chain[3:]  # the same bits after all, in a test
+    assert source.restore(session_id("b"), seed_of("b"), epoch=3) is None, "its points are the new worker's kind now"
+
+
 def test_a_full_arena_stops_no_stream_and_the_older_point_stays(chain):
     # Room for a point of the first chunks only: pages, frames, prompt and point take a slab or more each.
     node = Node(22 * SLAB_BYTES, workers=2)

@@ -92,10 +92,9 @@ class Gateway:
         self.commit()
         return self
 
-    def place(self, epoch: int, worker: str, next_index: int = 0) -> None:
-        self.controller(
-            m.SessionPlaced(session_id=SID, epoch=epoch, worker_id=worker, numerics_id="n", next_index=next_index)
-        )
+    def place(self, epoch: int, worker: str, next_index: int = 0, **more: Any) -> None:
+        fields = {"numerics_id": "n", "next_index": next_index, **more}
+        self.controller(m.SessionPlaced(session_id=SID, epoch=epoch, worker_id=worker, **fields))
 
     def state(self, state: str, epoch: int, owned: bool, **more: Any) -> None:
         self.controller(m.SessionState(session_id=SID, state=state, epoch=epoch, owned=owned, **more))
@@ -373,3 +372,53 @@ def test_the_controller_hears_what_viewers_got_at_most_so_often() -> None:
     assert len(told(gateway, m.ChunksDelivered)) == count, "nothing is said again without news"
     gateway.take(gateway.logic.controller_connected(gateway.now_s))
     assert told(gateway, m.ChunksDelivered)[-1].chunks == 3
+
+
+def marks(gateway: Gateway) -> list[str]:
+    return [chunk.continuity for chunk in gateway.logic.sessions[SID].ring]
+
+
+def test_the_first_chunk_in_other_bits_says_so_and_only_that_one():
+    gateway = Gateway().open()
+    gateway.finish(0, 1)
+    gateway.place(2, "w1", 1, numerics_id="other", continuity="approximate")
+    gateway.place(2, "w1", 1, numerics_id="other")  # said again by a controller that was restarted
+    gateway.finish(1, 2)
+    gateway.finish(2, 2)
+    assert marks(gateway) == ["", "approximate", ""]
+    assert gateway.logic.sessions[SID].numerics_id == "other"
+
+
+def test_the_mark_waits_for_its_chunk_through_a_worker_that_is_lost():
+    gateway = Gateway().open()
+    gateway.finish(0, 1)
+    gateway.place(2, "w1", 2, numerics_id="other", continuity="approximate")
+    gateway.finish(1, 2)  # of the point: made as before
+    gateway.place(3, "w2", 2, numerics_id="other")
+    gateway.finish(2, 3)
+    assert marks(gateway) == ["", "", "approximate"]
+
+
+def test_a_chain_goes_on_over_frames_in_other_bits_but_never_silently():
+    for continuity in ("approximate", ""):
+        gateway = Gateway().open()
+        gateway.finish(0, 1)
+        gateway.place(2, "w1", 0, numerics_id="other", continuity=continuity)
+        for index in (0, 1):
+            credit = [one for one in gateway.credits() if one[1] == 2][-1]
+            assert credit == ("w1", 2, index)
+            ready = m.ChunkReady(
+                session_id=SID,
+                epoch=2,
+                chunk_index=index,
+                digest=f"{index + 7:064x}",
+                digest_prev=f"{index + 6:064x}" if index else "",
+                frames=4,
+                steps=4,
+                prompt_version=1,
+            )
+            gateway.take(gateway.logic.chunk(ready, None, gateway.now_s))
+            gateway.commit()
+        session = gateway.logic.sessions[SID]
+        assert (session.next_index == 2 and marks(gateway) == ["", "approximate"]) is bool(continuity)
+        assert (session.state == "failed") is not bool(continuity)

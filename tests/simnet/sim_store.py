@@ -158,6 +158,9 @@ class SimDirectory:
     def recorded_wish(self, op_id: int) -> list[tuple[str, str]] | None:
         return self.wishes.get(op_id)
 
+    def set_numerics(self, session_id: str, numerics_id: str, approximate_from: int) -> None:
+        pass  # all workers here make the same bits
+
     def forget(self, session_id: str) -> None:
         self._write(lambda: self.rows.pop(session_id, None))
 

@@ -192,8 +192,9 @@ class ControlLoop:
     def _take_over(self) -> None:
         """What the directory has of an earlier controller."""
         stored = []
-        moves = {}
+        moves, numerics = {}, {}
         for one in self._directory.stored():
+            numerics[one.record.session_id] = (one.numerics_id, one.approximate_from)
             if one.move_id:
                 moves[one.record.session_id] = (one.move_id, one.move_target)
             try:
@@ -207,7 +208,7 @@ class ControlLoop:
                 # Its gateway still has it, and creates it anew.
                 self._directory.forget(one.record.session_id)
         on_disk = self._points.on_disk() if self._points is not None else {}
-        self._logic.take_over(stored, time.monotonic(), moves, on_disk)
+        self._logic.take_over(stored, time.monotonic(), moves, on_disk, numerics)
         if stored:
             self._log.info("sessions of an earlier controller", count=len(stored))
 

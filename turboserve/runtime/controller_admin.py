@@ -99,24 +99,41 @@ class ControllerAdmin(ControllerFleet):
         self._answer(op_id, state="starting", message=", ".join(worker_ids))
 
     def _admin_migrate(self, asked: m.AdminCommand, live: Live, now_s: float) -> None:
-        target = asked.worker_id
+        target, reason = asked.worker_id, "asked by an operator"
         if target not in self.workers:
             self._answer(asked.op_id, code="not_found", message=f"no worker {target!r}")
-        elif live.record.owner == target and live.move is None:
+            return
+        if live.record.owner == target and live.move is None:
             self._answer(asked.op_id, state=public_state(live.record.state).value, message="it is there already")
-        elif not self._fits(live, target):
-            message = f"{target} makes other bits (numerics_id) than the worker that has it; the stream would change"
+            return
+        numerics_id, fits = self.workers[target].hello.numerics_id, self._fits(live, target)
+        if not fits and not asked.allow_approximate:
+            message = (
+                f"{target} makes other bits (numerics_id {numerics_id}) than the session has ({live.numerics_id}): its "
+                "stream would go on, but not as it would have; expected a worker with the same numerics_id, or "
+                '"allow_approximate": true'
+            )
             self._answer(asked.op_id, code="conflict", message=message)
-        elif not self._takes(target):
+            return
+        if not self._takes(target):
             self._answer(asked.op_id, code="overloaded", message=f"{target} has no free slot", retry_after_s=1.0)
-        elif live.record.state in (SessionState.HOST, SessionState.DISK) and self._resume(
-            live, target, now_s, "asked by an operator"
-        ):
+            return
+        if not fits:
+            live.allowed_numerics, reason = numerics_id, f"{reason}, who allows other numerics"
+        state = live.record.state
+        if state in (SessionState.HOST, SessionState.DISK) and self._resume(live, target, now_s, reason):
             self._answer(asked.op_id, state="suspended", message=f"it is brought to {target}")
-        elif self.can_move and self._migrate(live, target, now_s, "asked by an operator"):
+        elif state is SessionState.RECOVERING and not live.record.owner:
+            self._place(live, target, now_s, reason)
+            self._answer_state(asked.op_id, live)
+        elif self.can_move and self._migrate(live, target, now_s, reason):
             self._answer(asked.op_id, state="migrating", message=f"to {target}")
         else:
+            live.allowed_numerics = ""
             self._answer_not_now(asked.op_id, live)
+
+    def _place(self, live: Live, wanted: str, now_s: float, reason: str) -> None:
+        raise NotImplementedError
 
     def _resume(self, live: Live, wanted: str, now_s: float, reason: str) -> bool:
         raise NotImplementedError

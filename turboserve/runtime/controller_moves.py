@@ -180,6 +180,7 @@ class ControllerMoves(ControllerOpening):
 
     def _stay(self, live: Live, now_s: float, why: str) -> None:
         """The source was never told of the move: it just goes on."""
+        live.allowed_numerics = ""
         self._drop_prepared(live)
         live.move = None
         self._store.set_move(live.record.session_id, 0, "")
@@ -190,6 +191,7 @@ class ControllerMoves(ControllerOpening):
 
     def _go_on_at_source(self, live: Live, now_s: float, why: str) -> None:
         """The source may have stopped, or may not: it goes on under a new epoch, which makes all late answers old."""
+        live.allowed_numerics = ""
         self._drop_prepared(live)
         record, move = live.record, live.move
         source = move.source if move is not None else record.owner or ""

@@ -62,6 +62,8 @@ class ControllerOpening(ControllerStorage, ControllerView):
                     restore=(kind is not Kind.PLACE or live.began) and not live.anew,
                     adopt=kind is Kind.ABORT,
                     move_id=move_id if kind is not Kind.ABORT else 0,
+                    # An operator allowed it, else it would not be brought there.
+                    any_numerics=live.numerics_id not in ("", self.workers[worker_id].hello.numerics_id),
                 ),
             )
         )
@@ -75,9 +77,11 @@ class ControllerOpening(ControllerStorage, ControllerView):
         return self._held_count(worker_id) < worker.hello.slot_count
 
     def _fits(self, live: Live, worker_id: str) -> bool:
-        """Whether the worker makes the same bits as the one that had the session before."""
+        """Whether the worker makes the same bits as the one that had the session before, or others that are allowed."""
         worker = self.workers.get(worker_id)
-        return worker is not None and live.numerics_id in ("", worker.hello.numerics_id)
+        if worker is None:
+            return False
+        return live.numerics_id in ("", worker.hello.numerics_id) or live.allowed_numerics == worker.hello.numerics_id
 
     # ------------------------------------------------------------------ answers to OpenSession
 
@@ -120,7 +124,7 @@ class ControllerOpening(ControllerStorage, ControllerView):
         live.move, live.adopt_by_s, live.retry_at_s = None, None, None
         live.refusals, live.avoid, live.anew = 0, "", False
         live.began = True
-        live.numerics_id = self.workers[worker_id].hello.numerics_id
+        self._take_numerics(live, self.workers[worker_id].hello.numerics_id, opened, now_s)
         if live.disk_bytes:
             live.disk_bytes = 0
             self._out.append(DropFile(opened.session_id))
@@ -128,6 +132,20 @@ class ControllerOpening(ControllerStorage, ControllerView):
         self._move(live, SessionState.RUNNING if live.wanted else SessionState.STALLED)
         self._tell_placed(live)
         self._tell_session(live)
+
+    def _take_numerics(self, live: Live, numerics_id: str, opened: m.SessionOpened, now_s: float) -> None:
+        """Which bits it is made of from now on. Where they are others than before, or chunks of one that has changed
+        them are all made again, the next chunk of its stream does not follow from the one before."""
+        live.allowed_numerics = ""
+        changed = live.numerics_id not in ("", numerics_id)
+        again = live.approximate_from >= 0 and opened.next_index == 0
+        if changed or again:
+            live.approximate_from = max(live.next_index, opened.next_index)
+            reason = f"it goes on under numerics {numerics_id} from chunk {live.approximate_from} on"
+            self._note(now_s, "approximate", session=opened.session_id, reason=reason)
+        if changed or again or live.numerics_id != numerics_id:
+            live.numerics_id = numerics_id
+            self._store.set_numerics(opened.session_id, numerics_id, live.approximate_from)
 
     def _adopt(self, live: Live, source: str, opened: m.SessionOpened, now_s: float) -> None:
         raise NotImplementedError
@@ -146,6 +164,8 @@ class ControllerOpening(ControllerStorage, ControllerView):
                     worker_id=record.owner or "",
                     numerics_id=owner.hello.numerics_id,
                     next_index=live.next_index,
+                    # Said again until the chunk is made: a gateway may have missed it.
+                    continuity="approximate" if live.next_index <= live.approximate_from else "",
                 ),
             )
         )
@@ -155,6 +175,10 @@ class ControllerOpening(ControllerStorage, ControllerView):
         if live is None or live.move is None or live.move.phase is not Phase.OPEN:
             return
         why = f"{source} refused: {refused.message}"
+        if live.allowed_numerics:
+            live.allowed_numerics = ""  # it waits, or goes on, where it is made as before
+            self._not_opened(live, now_s, why)
+            return
         if refused.code not in NO_ROOM and live.move.kind is not Kind.ABORT:
             live.refusals += 1
             if live.refusals >= REFUSALS_MAX:

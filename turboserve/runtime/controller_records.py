@@ -182,6 +182,10 @@ class Live:
     avoid: str = ""
     numerics_id: str = ""
     """Of the worker that had it last: only there the same bits come out."""
+    allowed_numerics: str = ""
+    """Others that an operator lets it go on under; forgotten with the move, or when its worker is lost."""
+    approximate_from: int = -1
+    """The chunk from which on it goes on in other bits than it began with; -1: it does not."""
     anew: bool = False
     """Its recovery point is of no use: the next owner begins at chunk 0."""
     broken_index: int = -1

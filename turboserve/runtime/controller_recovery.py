@@ -77,13 +77,16 @@ class ControllerRecovery(ControllerMoves):
     def _recover(self, live: Live, now_s: float, why: str) -> None:
         """Nobody has it any more; whoever comes next begins at its newest recovery point."""
         record, move = live.record, live.move
-        live.adopt_by_s = None
+        live.adopt_by_s, live.allowed_numerics = None, ""
         self._note(now_s, "recover", session=record.session_id, reason=why)
         if move is not None and move.kind is Kind.MIGRATE:
             if move.phase is Phase.OPEN and move.source in self.workers:
                 self._go_on_at_source(live, now_s, why)
                 return
-            if move.phase is not Phase.OPEN and self.workers.get(move.target) is not None:
+            fits = self._fits(live, move.target)
+            if not fits:
+                self._drop_prepared(live)  # it was to go on there in other bits; nobody asked for that after a loss
+            if move.phase is not Phase.OPEN and fits:
                 self._store.set_move(record.session_id, 0, "")
                 self._to_recovering(live, why)
                 # The slot that was prepared has most of its pages.
@@ -232,11 +235,12 @@ class ControllerRecovery(ControllerMoves):
         now_s: float,
         moves: Mapping[str, tuple[int, str]] | None = None,
         on_disk: Mapping[str, int] | None = None,
+        numerics: Mapping[str, tuple[str, int]] | None = None,
     ) -> None:
         """The sessions of an earlier controller, as the directory has them. Call it before the first message.
 
         `moves`: session -> (move_id, target) of migrations that were under way; they are given up. `on_disk`: session
-        -> bytes of its recovery point there.
+        -> bytes of its recovery point there. `numerics`: session -> (numerics_id, approximate_from).
         """
         for session_id, (move_id, target) in (moves or {}).items():
             self.old_moves.setdefault(target, []).append((session_id, move_id))
@@ -244,6 +248,7 @@ class ControllerRecovery(ControllerMoves):
         for record, request in stored:
             live = self._add(record, request, now_s)
             live.began = record.epoch > 1 or record.state not in (SessionState.QUEUED, SessionState.LOADING)
+            live.numerics_id, live.approximate_from = (numerics or {}).get(record.session_id, ("", -1))
             live.wanted = record.state in (SessionState.QUEUED, SessionState.RECOVERING)
             if record.state is SessionState.DISK:
                 live.disk_bytes = (on_disk or {}).get(record.session_id, 0)

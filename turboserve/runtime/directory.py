@@ -17,8 +17,9 @@ from typing import Any
 from turboserve.errors import Conflict, CorruptState
 from turboserve.session import SessionRecord, SessionState
 
-SCHEMA_VERSION = 2
-"""2 added `request`, `move_id` and `move_target` (November 2026); a file of version 1 is brought up to it."""
+SCHEMA_VERSION = 3
+"""2 added `request`, `move_id` and `move_target`, 3 `numerics_id` and `approximate_from` (November 2026); a file of an
+earlier version is brought up to it."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -26,17 +27,20 @@ CREATE TABLE IF NOT EXISTS sessions (
     session_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, model TEXT NOT NULL, seed INTEGER NOT NULL,
     created_s REAL NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, steps INTEGER NOT NULL,
     state TEXT NOT NULL, epoch INTEGER NOT NULL, owner TEXT, reason TEXT NOT NULL, strikes INTEGER NOT NULL,
-    request BLOB NOT NULL DEFAULT x'', move_id INTEGER NOT NULL DEFAULT 0, move_target TEXT NOT NULL DEFAULT ''
+    request BLOB NOT NULL DEFAULT x'', move_id INTEGER NOT NULL DEFAULT 0, move_target TEXT NOT NULL DEFAULT '',
+    numerics_id TEXT NOT NULL DEFAULT '', approximate_from INTEGER NOT NULL DEFAULT -1
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS wishes (number INTEGER PRIMARY KEY AUTOINCREMENT, op_id INTEGER NOT NULL UNIQUE,
     wishes TEXT NOT NULL);
 """
 WISHES_KEPT = 256
 """Operators' wishes for workers; a gateway repeats one for seconds, not for so many others."""
-_TO_VERSION_2 = (
+_ADDED = (
     "ALTER TABLE sessions ADD COLUMN request BLOB NOT NULL DEFAULT x''",
     "ALTER TABLE sessions ADD COLUMN move_id INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE sessions ADD COLUMN move_target TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN numerics_id TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN approximate_from INTEGER NOT NULL DEFAULT -1",
 )
 _COLUMNS = "session_id, tenant, model, seed, created_s, width, height, steps, state, epoch, owner, reason, strikes"
 
@@ -44,12 +48,15 @@ _COLUMNS = "session_id, tenant, model, seed, created_s, width, height, steps, st
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A session as the directory has it: the record, what the gateway asked for (its message as msgpack bytes, empty
-    in rows of version 1), and the move that was under way (0 and "" for none)."""
+    in rows of version 1), the move that was under way (0 and "" for none), the numerics of the worker that had it last
+    ("" unknown), and the chunk from which on it goes on under others than it began with (-1: it does not)."""
 
     record: SessionRecord
     request: bytes
     move_id: int
     move_target: str
+    numerics_id: str
+    approximate_from: int
 
 
 class Directory:
@@ -86,10 +93,10 @@ class Directory:
         found = self._db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
         if found is None:
             self._db.execute("INSERT INTO meta VALUES ('version', ?)", (str(SCHEMA_VERSION),))
-        elif found[0] == "1":
+        elif found[0] in ("1", "2"):
             with self._transaction():
                 have = {row[1] for row in self._db.execute("PRAGMA table_info(sessions)")}
-                for change in _TO_VERSION_2:
+                for change in _ADDED:
                     if change.split()[5] not in have:
                         self._db.execute(change)
                 self._db.execute("UPDATE meta SET value = ? WHERE key = 'version'", (str(SCHEMA_VERSION),))
@@ -159,6 +166,13 @@ class Directory:
         row = self._db.execute("SELECT wishes FROM wishes WHERE op_id = ?", (op_id,)).fetchone()
         return None if row is None else [(request_id, worker_id) for request_id, worker_id in json.loads(row[0])]
 
+    def set_numerics(self, session_id: str, numerics_id: str, approximate_from: int) -> None:
+        """Which bits it is made of from now on; see `Stored`."""
+        self._db.execute(
+            "UPDATE sessions SET numerics_id = ?, approximate_from = ? WHERE session_id = ?",
+            (numerics_id, approximate_from, session_id),
+        )
+
     def forget(self, session_id: str) -> None:
         """Drop a session that ended."""
         self._db.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
@@ -171,9 +185,10 @@ class Directory:
     def stored(self) -> list[Stored]:
         """All sessions with what was asked for, oldest first."""
         rows = self._db.execute(
-            f"SELECT request, move_id, move_target, {_COLUMNS} FROM sessions ORDER BY created_s, session_id"
+            f"SELECT request, move_id, move_target, numerics_id, approximate_from, {_COLUMNS} FROM sessions"
+            " ORDER BY created_s, session_id"
         ).fetchall()
-        return [Stored(_record(row[3:]), *row[:3]) for row in rows]
+        return [Stored(_record(row[5:]), *row[:5]) for row in rows]
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)

@@ -170,7 +170,12 @@ class EngineLoop:
             if not command.restore:
                 raise NotFound(f"session {session_id} is not on this worker any more")
         if command.restore:
-            restored = self._engine.restore(session_id, command.seed, command.epoch, command.decoder)
+            restored = self._engine.restore(
+                session_id, command.seed, command.epoch, command.decoder, any_numerics=command.any_numerics
+            )
+            if restored is None and command.any_numerics:
+                # Begun anew here, in other bits, it would fit neither what the viewer has nor what comes.
+                raise NotFound(f"session {session_id} has no recovery point that this worker's model can read")
             if restored is not None:
                 next_index = self._engine.next_chunk_index(session_id)
                 return e.Opened(session_id, next_index, restored=True, made=restored.chunks)

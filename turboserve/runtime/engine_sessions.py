@@ -90,8 +90,11 @@ class EngineSessions:
         session.point_every = self._every_chunks
         self._sessions[session_id] = session
 
-    def restore(self, session_id: str, seed: int, epoch: int = 0, decoder: str = "") -> Restored | None:
+    def restore(
+        self, session_id: str, seed: int, epoch: int = 0, decoder: str = "", *, any_numerics: bool = False
+    ) -> Restored | None:
         """Go on from the session's newest recovery point; None when there is none that fits, and nothing is held then.
+        `any_numerics`: one that was made in other bits fits too.
 
         PoolExhausted when no slot is free. A slot that was prepared is used.
         """
@@ -107,7 +110,7 @@ class EngineSessions:
             tensors = self.pool.tensors(session_id, decoder)
             state = SessionTensors(session_id=session_id, seed=seed, slot=slot, tensors=tensors, decoder=decoder)
             with span("restore", session_id):
-                restored = self.points.read(state, loaded)
+                restored = self.points.read(state, loaded, any_numerics=any_numerics)
         except BaseException:
             self.pool.release(session_id)
             raise

@@ -297,6 +297,8 @@ class OpenSession(Message, frozen=True, kw_only=True):
     """The worker holds the session under an older epoch (a move was given up): go on with that state under this one."""
     move_id: Count = 0
     """The slot prepared under this id is meant."""
+    any_numerics: bool = False
+    """The point may be of another numerics_id; without one of this model and layout the session is refused."""
 
 
 class SuspendSession(Message, frozen=True, kw_only=True):
@@ -549,6 +551,7 @@ class AdminCommand(Message, frozen=True, kw_only=True):
     worker_id: ShortText = ""
     session_id: str = ""
     count: Count = 0
+    allow_approximate: bool = False
 
 
 # ---------------------------------------------------------------- controller -> gateway

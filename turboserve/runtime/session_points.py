@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -258,16 +258,18 @@ class SessionPoints:
                 loaded[ref.chunk] = ref.extent
         return loaded
 
-    def read(self, state: SessionTensors, loaded: Mapping[int, ExtentId]) -> Restored | None:
+    def read(
+        self, state: SessionTensors, loaded: Mapping[int, ExtentId], *, any_numerics: bool = False
+    ) -> Restored | None:
         """Bring `state`, in a slot of its own, to its newest point; None when there is none that fits this worker.
 
-        `loaded` says which pages were read ahead into the slot.
+        `loaded` says which pages were read ahead into the slot. With `any_numerics` the session goes on in other bits.
         """
         for _ in range(READ_ATTEMPTS):
             point = self._store.latest(state.session_id)
             if point is None:
                 return None
-            meta = self._fitting(state, point)
+            meta = self._fitting(state, point, any_numerics)
             if meta is None:
                 return None
             try:
@@ -277,14 +279,15 @@ class SessionPoints:
                 loaded = {}  # what was read ahead may lie under pages of this attempt
         return None
 
-    def _fitting(self, state: SessionTensors, point: RecoveryPoint) -> _Meta | None:
+    def _fitting(self, state: SessionTensors, point: RecoveryPoint, any_numerics: bool) -> _Meta | None:
         try:
             meta = msgspec.msgpack.decode(point.meta, type=_Meta)
         except msgspec.MsgspecError as error:
             log.warning("recovery point of %s does not say what it is: %s", point.session, error)
             return None
         found = PointIdentity(meta.model_hash, meta.layout_hash, meta.numerics_id)
-        if found != self._identity or meta.seed != state.seed:
+        alike = replace(found, numerics_id=self._identity.numerics_id) if any_numerics else found
+        if alike != self._identity or meta.seed != state.seed:
             log.warning("recovery point of %s is of %s, this worker is %s", point.session, found, self._identity)
             return None
         has = tuple(ref.chunk for ref in point.pages if ref.key.startswith(_PAGE))

@@ -302,4 +302,5 @@ def open_command(asked: m.OpenSession, adopt_epoch: int | None = None) -> e.Open
         restore=asked.restore,
         adopt_epoch=adopt_epoch,
         decoder=asked.decoder,
+        any_numerics=asked.any_numerics,
     )

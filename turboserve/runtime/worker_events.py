@@ -157,6 +157,8 @@ class Open:
     restore: bool = False
     adopt_epoch: int | None = None
     decoder: str = ""
+    any_numerics: bool = False
+    """The point may have been made in other bits; it then has to be there."""
 
 
 @dataclass(frozen=True, slots=True)

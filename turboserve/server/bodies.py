@@ -52,6 +52,7 @@ class CreateVideoBody(Body):
 
 class MigrateBody(Body):
     target: StrictStr = Field(max_length=64)
+    allow_approximate: StrictBool = False
 
 
 class AddWorkersBody(Body):

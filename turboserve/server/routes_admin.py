@@ -64,7 +64,9 @@ async def migrate(session_id: str, request: Request) -> dict[str, Any]:
     gateway: Gateway = request.app.state.gateway
     body = await read_body(request, MigrateBody)
     session = gateway.find(check_id(session_id), None)
-    done = await gateway.command("migrate", session_id=session.sid, worker_id=body.target)
+    done = await gateway.command(
+        "migrate", session_id=session.sid, worker_id=body.target, allow_approximate=body.allow_approximate
+    )
     return {"id": session.sid, "state": done.state, "message": done.message}
 
 

@@ -50,7 +50,8 @@ class SessionCredits(SessionFacts):
             return
         waited = not self.owned and self.bound == self.next_index
         self.epoch, self.worker_id, self.numerics_id = message.epoch, message.worker_id, message.numerics_id
-        self.continuity = message.continuity
+        if message.continuity:
+            self.continuity, self.continuity_from = message.continuity, message.next_index
         self.owned, self.in_flight = True, False
         self.queue_position = -1
         self.refusals = self.resends = self.refused_epoch = 0
@@ -149,13 +150,14 @@ class SessionCredits(SessionFacts):
             self._tell_accepted(index)
             self.pump(now_s)
             return False
-        if message.digest_prev != self.digest and message.continuity != "approximate":
+        continuity = message.continuity or (self.continuity if index >= self.continuity_from else "")
+        if message.digest_prev != self.digest and continuity != "approximate":
             raise CorruptState(f"chunk {index} does not continue the stream it belongs to")
-        self._accept(message, pixels, now_s)
+        self._accept(message, continuity, pixels, now_s)
         self.pump(now_s)
         return True
 
-    def _accept(self, message: messages.ChunkReady, pixels: Any, now_s: float) -> None:
+    def _accept(self, message: messages.ChunkReady, continuity: str, pixels: Any, now_s: float) -> None:
         begun = self.begun or Begun(message.chunk_index, now_s, now_s, False)
         chunk = StoredChunk(
             index=message.chunk_index,
@@ -169,9 +171,10 @@ class SessionCredits(SessionFacts):
             released_s=begun.released_s,
             accepted_s=now_s,
             batch_size=message.batch_size,
-            continuity=message.continuity or self.continuity,
+            continuity=continuity,
         )
-        self.continuity = ""
+        if continuity:
+            self.continuity = ""
         self.next_index += 1
         self.digest = message.digest
         self.digests.add(chunk.index, message.digest)

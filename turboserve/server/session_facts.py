@@ -69,6 +69,8 @@ class SessionFacts:
     worker_id: str = ""
     numerics_id: str = ""
     continuity: str = ""
+    """"approximate": the next chunk accepted from `continuity_from` on goes on in other bits."""
+    continuity_from: int = 0
     queue_position: int = -1
     device_bytes: int = 0
     host_bytes: int = 0

@@ -108,6 +108,32 @@ def test_a_session_moved_through_a_recovery_point_goes_on_to_the_bit(decoder):
             node.close()
 
 
+def test_text_keys_that_a_blend_changed_without_a_new_prompt_go_along(model):
+    """Each chunk of a blend writes them, under one prompt; once it has ended nothing writes them again."""
+
+    def asked(index: int) -> ChunkRequest:
+        return ChunkRequest(index, 2, Control("a fox" if index < 1 else "a bear", 1 + (index >= 1)), PromptSwitch.BLEND)
+
+    def made(engine: Engine, first: int, count: int) -> list[str]:
+        digests = []
+        for index in range(first, first + count):
+            engine.submit(session_id("b"), asked(index), 0.0)
+            digests += [event.digest for event in run_all(engine)]
+        return digests
+
+    alone, chunks = engine_for(model, 1), 1 + PRESET.blend_chunks + 4
+    alone.open(session_id("b"), 7, asked(0).control)
+    expected = made(alone, 0, chunks)
+    for moved_after in range(1, chunks):
+        node = Node(64 << 20, workers=2, slab_bytes=1 << 16)
+        source, target = node.engine(model, slots=1), node.engine(model, slots=1)
+        source.open(session_id("b"), 7, asked(0).control, 1)
+        digests = made(source, 0, moved_after)
+        assert target.restore(session_id("b"), 7, epoch=2) is not None
+        assert digests + made(target, moved_after, chunks - moved_after) == expected, moved_after
+        node.close()
+
+
 DECODER_OF = {"b": "full", "c": "light", "d": "light", "e": "full", "f": ""}
 
 

@@ -81,6 +81,7 @@ class TinyModel:
         digest = hashlib.sha256(control.prompt.encode()).digest()
         values = np.frombuffer(digest * (DIM // 32), np.uint8).astype(np.float32) / 255
         state.tensors["text"].copy_(torch.from_numpy(values))
+        state.prompt_writes += 1
         state.control = control
 
     def begin(self, state, control) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,9 @@ def asked(server: RunningServer, route: str) -> Any:
     return httpx.get(f"{server.url}{route}").json()
 
 
-def generated(folder: Path, out: Path, switch: str, decoder: str = "full") -> list[str]:
+def generated(folder: Path, out: Path, switch: str, decoder: str = "full", count: int = CHUNKS) -> list[str]:
     """The digests of the same stream by `turboserve generate`, without a server."""
-    seconds, at_s = (9 + 12 * (CHUNKS - 1)) / FPS, (9 + 12 * (SWITCH_INDEX - 1)) / FPS
+    seconds, at_s = (9 + 12 * (count - 1)) / FPS, (9 + 12 * (SWITCH_INDEX - 1)) / FPS
     done = CliRunner().invoke(
         main,
         ["generate", PROMPT, "--model", str(folder), "--seed", str(SEED), "--seconds", str(seconds), "--prompt-switch",
@@ -189,3 +191,30 @@ async def test_a_pipeline_makes_a_video_beside_a_live_session(server):
         assert (await http.get(f"/v1/videos/{made['id']}")).status_code == 404
         wrong = await http.post("/v1/videos", json={**wish, "size": "31x32"})
         assert wrong.status_code == 422 and wrong.json()["error"]["param"] == "size"
+
+
+# The second kill waits until the first worker is back.
+@pytest.mark.parametrize("decoder", ["full", pytest.param("light", marks=pytest.mark.soak)])
+async def test_kill_9_of_its_worker_in_mid_blend_changes_no_frame(server, folder, tmp_path, decoder):
+    """It goes on in another worker from its recovery point, not from its inputs."""
+    digests, count = [], SWITCH_INDEX + 8  # four may be made already when the fourth is here
+    async with (
+        AsyncSession(
+            PROMPT, base_url=server.url, seed=SEED, pace="free", prompt_switch="blend", decoder=decoder
+        ) as session,
+        httpx.AsyncClient(base_url=server.url, timeout=60) as http,
+    ):
+        await session.update(AFTER, from_index=SWITCH_INDEX)
+        async for chunk in session:
+            digests.append(chunk.digest)
+            if len(digests) == SWITCH_INDEX + 1:
+                before = await session.info()
+                workers = {one["id"]: one["pid"] for one in (await http.get("/v1/cluster")).json()["workers"]}
+                os.kill(workers[before["worker"]], signal.SIGKILL)
+            if len(digests) == count:
+                break
+        assert (await session.info())["epoch"] > before["epoch"]
+        decisions = (await http.get("/v1/cluster")).json()["decisions"]
+        told = {decision["event"] for decision in decisions if decision.get("session") == session.id}
+        assert "recover" in told and "replay" not in told, told
+    assert digests == generated(folder, tmp_path, "blend", decoder, count)

@@ -189,6 +189,8 @@ class SessionTensors:
 
     `scalars` holds JSON-able values only (they are saved and moved with the session); `next_chunk_index` is the
     chunk that comes next and moves on when a context pass commits. `decoder` is one of the spec's ("": its default).
+    `prompt_writes` counts how often a model wrote PER_PROMPT fields, which it may do without a new prompt (a blend): it
+    tells whether what was saved of them is what they are. It is not saved.
     """
 
     session_id: str
@@ -199,6 +201,7 @@ class SessionTensors:
     control: Control | None = None
     scalars: dict[str, Any] = field(default_factory=dict)
     decoder: str = ""
+    prompt_writes: int = 0
 
 
 @dataclass(slots=True)

@@ -45,6 +45,9 @@ class WanPreset:
     steps_floor: int = 1
     latent_frames_max: int | None = ABSOLUTE_LATENT_FRAMES_MAX
     blend_chunks: int = 4
+    # Every chunk, by the figures in docs/models.md: a point costs a sixth of the chunk's time on the copy engine at
+    # most, and every further chunk without one is a chunk to make again when a worker dies.
+    recovery_every_chunks: int = 1
     space_factor: int = 8
     time_factor: int = 4
     sources: tuple[tuple[str, str], ...] = ()  # (part, repository that `models pull` fetches it from)

@@ -99,6 +99,7 @@ class BackgroundPoints:
             control=state.control,
             scalars=copy.deepcopy(state.scalars),
             decoder=state.decoder,
+            prompt_writes=state.prompt_writes,
         )
         return replace(session, state=frozen, kept=deque(session.kept), saved=False, queue=[], job=None)
 

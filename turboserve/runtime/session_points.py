@@ -79,7 +79,7 @@ class _Written:
     rewrites: int = 0
     frames: dict[int, PageRef] = field(default_factory=dict)
     prompt: PageRef | None = None
-    prompt_of: Control | None = None
+    prompt_writes: int = 0
     point: RecoveryPoint | None = None
     first: bool = True
     """No point was committed by this process yet: leftovers of former owners are still to be dropped."""
@@ -144,9 +144,9 @@ class SessionPoints:
                     ref = self._put_page(state, epoch, chunk)
                     put.append(ref)
                 now.pages[chunk] = ref
-            now.prompt, now.prompt_of = before.prompt, before.prompt_of
-            if self._prompted(state) and (now.prompt is None or now.prompt_of != state.control):
-                now.prompt, now.prompt_of = self._put_prompt(state, epoch), state.control
+            now.prompt, now.prompt_writes = before.prompt, state.prompt_writes
+            if self._prompted(state) and (now.prompt is None or now.prompt_writes != before.prompt_writes):
+                now.prompt = self._put_prompt(state, epoch)
                 put.append(now.prompt)
             for kept in session.kept:
                 ref = before.frames.get(kept.chunk_index)
@@ -324,7 +324,7 @@ class SessionPoints:
         state.next_chunk_index = point.chunk
         state.control = None if meta.control is None else Control(*meta.control)
         state.scalars = dict(meta.scalars)
-        written.prompt_of = state.control
+        written.prompt_writes = state.prompt_writes
         self._written[state.session_id] = written
         chunks = tuple(_chunk(state.session_id, one, frames[one.chunk_index]) for one in meta.chunks)
         return Restored(point.digest.hex(), chunks)

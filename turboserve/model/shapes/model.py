@@ -128,6 +128,7 @@ class ShapesModel:
         scene, _ = read_prompt(control.prompt, state.seed, scene_from_json(committed) if committed else None)
         tokens = torch.tensor(scene.tokens(), device=self._device)
         state.tensors[TEXT_KV].copy_(self._transformer.text_kv(self._network.text(tokens)))
+        state.prompt_writes += 1
         state.scalars["pending_scene"] = scene_to_json(scene)
         state.scalars["text_prompt"] = [control.version, control.prompt]
 

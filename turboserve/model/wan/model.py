@@ -136,6 +136,7 @@ class WanModel:
         field = state.tensors[TEXT_KV]
         field.zero_()
         field[:, :, :rows].copy_(keys)
+        state.prompt_writes += 1
         state.scalars["text_rows"] = rows
         state.scalars["text_pads"] = max(1, places - used) if self._folds_pads else 1
         state.scalars["text_written"] = mix

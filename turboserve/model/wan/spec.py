@@ -25,6 +25,7 @@ def wan_spec(
         denoise_steps_floor=preset.steps_floor,
         prompt_switch=preset.prompt_switch,
         sizes=(size,),
+        recovery_every_chunks=preset.recovery_every_chunks,
         max_chunks=preset.max_chunks,
         about=preset.about,
         decoders=decoders,

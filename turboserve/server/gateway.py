@@ -175,7 +175,9 @@ class Gateway:
         self.apply(self.logic.chunk_corrupt(message, error, self.now()))
 
     def chunk_refused(self, message: messages.ChunkRefused) -> None:
-        self.log.warning("credit refused", session=message.session_id, index=message.chunk_index, code=message.code)
+        # An owner that stopped for a move says "moving" to the credit that comes too late: every move may have one.
+        log = self.log.info if message.code == "moving" else self.log.warning
+        log("credit refused", session=message.session_id, index=message.chunk_index, code=message.code)
         self.apply(self.logic.refused(message, self.now()))
 
     # ------------------------------------------------------------------ operations of the HTTP side

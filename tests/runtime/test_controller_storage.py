@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_controller_moves import LAUNCHER, running, sid
+from controller_harness import LAUNCHER, running
+from test_controller_logic import sid
 
 from turboserve.errors import ArenaFull
 from turboserve.orchestrator.eviction import Partition

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import itertools
 
+from controller_harness import Cluster
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from test_controller_logic import GATEWAY, create, end, sent, sid
-from test_controller_moves import Cluster
 
 from turboserve.runtime import messages as m
 from turboserve.session import SessionState

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from turboserve.runtime.cluster import SeenWishes
 from turboserve.runtime.controller_books import GATEWAY, Drop, DropFile, DropHost, DropPoints, Load, Send, Spill
 from turboserve.runtime.controller_logic import ControllerLogic
 from turboserve.runtime.controller_storage import StoredBytes
+from turboserve.runtime.controller_suspects import QUARANTINED, STRIKES_MAX
 
 LAUNCHER = "launcher"
 LEASE_S = 1.0
@@ -56,6 +59,7 @@ class SimController(Process):
         self.worker_count = workers
         self.on_crash: Callable[[], None] = lambda: None
         self.on_start: Callable[[], None] = lambda: None
+        self.on_quarantine: Callable[[str], None] = lambda sid: None
         self.to_launcher: Callable[[m.FleetWish], None] = lambda wish: None
         self.dies_at_wish = False
         """It dies once it has asked the launcher for a worker, and answers nobody."""
@@ -128,7 +132,10 @@ class SimController(Process):
                     if effect.message.kind == "add" and self.dies_at_wish:
                         self.dies_at_wish = False
                         self.on_crash()
-                elif channel := self._channels.get(effect.to):
+                    return
+                if isinstance(effect.message, m.SessionState) and effect.message.reason.endswith(QUARANTINED):
+                    self.on_quarantine(effect.message.session_id)
+                if channel := self._channels.get(effect.to):
                     channel.send(self, effect.message)
 
     def _spilled(self, sid: str) -> None:
@@ -211,11 +218,14 @@ class Cluster:
         self.gone: set[str] = set()
         self.seen = SeenWishes()
         self.added = 0
+        self.died_with: Counter[str] = Counter()
+        """How many workers died while they made a chunk of a session."""
         self.faults_on = True
         self._count = 0
         self.controller.on_crash = lambda: self.kill(self.controller)
         self.controller.to_launcher = self._wish
         self.controller.on_start = self._tell_present
+        self.controller.on_quarantine = self._quarantined
         self.gateway.connect = self._gateway_to_controller
         self.gateway.on_accept = self._accepted
         self.arena.on_commit = self._point
@@ -266,9 +276,10 @@ class Cluster:
 
     # ------------------------------------------------------------------ launcher
 
-    def _tell(self, worker_id: str, kind: str, code: int = 0) -> None:
+    def _tell(self, worker_id: str, kind: str, code: int = 0, pid: int = 0, at_work: tuple[str, ...] = ()) -> None:
         if self.controller.alive:
-            self.controller.hear_launcher(m.FleetEvent(worker_id=worker_id, kind=kind, exit_code=code))
+            event = m.FleetEvent(worker_id=worker_id, kind=kind, pid=pid, exit_code=code, at_work=at_work)
+            self.controller.hear_launcher(event)
 
     def _tell_present(self) -> None:
         """What a new controller hears first (runtime/cluster.py)."""
@@ -282,7 +293,9 @@ class Cluster:
         self.world.note("kill", process.name)
         process.die()
         if isinstance(process, SimWorker):
-            self._tell(process.name, "backing_off")
+            at_work = tuple(sid for sid, held in process.engine.held.items() if held.work is not None)
+            self.died_with.update(at_work)
+            self._tell(process.name, "backing_off", -signal.SIGKILL, process.life, at_work)
             self.world.at(0.3 + self.world.rng.random(), lambda: self._start(process))
         else:
             restart: Any = process
@@ -317,6 +330,11 @@ class Cluster:
             worker.call(worker.terminate)()
         elif wish.kind == "kill" and worker is not None:
             self.kill(worker)
+
+    def _quarantined(self, sid: str) -> None:
+        """I8: a session that is given up for killing workers had its chunk in work at as many deaths."""
+        if self.died_with[sid] < STRIKES_MAX:
+            raise Violation(f"I8 a session is quarantined after {self.died_with[sid]} deaths in its chunks")
 
     def _count_add(self) -> None:
         """I9: one worker for each wish for one, however often controllers heard it."""

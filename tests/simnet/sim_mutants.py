@@ -24,6 +24,7 @@ from turboserve.runtime.controller_fleet import ControllerFleet
 from turboserve.runtime.controller_logic import ControllerLogic
 from turboserve.runtime.controller_moves import ControllerMoves
 from turboserve.runtime.controller_recovery import ControllerRecovery
+from turboserve.runtime.controller_suspects import ControllerSuspects
 from turboserve.runtime.worker_books import CONTROLLER, WorkerBooks
 from turboserve.runtime.worker_credits import WorkerCredits
 from turboserve.runtime.worker_logic import WorkerLogic
@@ -260,6 +261,11 @@ def copy_is_freed_before_its_successor_is_there(right: Any, self: Any, live: Any
 @mutant(SimDirectory, "record_wish")
 def wish_is_not_durable_before_the_launcher_is_asked(right: Any, self: Any, op_id: int, wishes: Any) -> None:
     return None
+
+
+@mutant(ControllerSuspects, "_judge")
+def a_kill_from_outside_makes_suspects_of_all(right: Any, self: Any, event: Any, now_s: float) -> None:
+    right(self, msgspec.structs.replace(event, exit_code=1), now_s)
 
 
 @mutant(ControllerFleet, "_stop_if_empty")

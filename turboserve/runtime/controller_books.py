@@ -32,6 +32,7 @@ from turboserve.runtime.controller_records import (
     Phase,
     Send,
     Spill,
+    Suspected,
     Touch,
     Worker,
 )
@@ -129,8 +130,8 @@ class ControllerBooks:
         """Workers on their way, and since when."""
         self.old_moves: dict[str, list[tuple[str, int]]] = {}
         """Target -> (session, move_id) of an earlier controller's moves; the target is told when it says hello."""
-        self.struck: dict[str, tuple[int, list[str]]] = {}
-        """Worker -> (its epoch, sessions that were suspected) when it was lost last."""
+        self.suspected: dict[str, Suspected] = {}
+        """By worker: who was at work when it was lost last."""
         self.failed: OrderedDict[str, tuple[str, str]] = OrderedDict()
         """Sessions that failed: code and message, for a gateway that missed it and asks for them."""
         self.storage: dict[str, int] = {}

@@ -315,14 +315,21 @@ class ControllerFleet(ControllerRecovery):
             self._out += self.stop(now_s)
         elif event.kind == "stopping_now":
             self._out += self.stop_now(now_s)
-        elif event.kind in ("started", "backing_off"):
+        elif event.kind == "started":
             self._expect(event.worker_id, now_s)
-            if event.kind == "backing_off":
-                self._note(now_s, "backing_off", worker=event.worker_id, reason=event.reason)
+        elif event.kind == "backing_off":
+            known = self.workers.get(event.worker_id)
+            if known is not None and known.hello.pid == event.pid:
+                self._lose_worker(event.worker_id, event.reason, now_s)  # its connection's end is still under way
+            self._judge(event, now_s)
+            self._expect(event.worker_id, now_s)
+            self._note(now_s, "backing_off", worker=event.worker_id, reason=event.reason)
+            self._tick(now_s)
         elif event.kind in ("exited", "failed"):
             self._unexpect(event.worker_id)
             if event.worker_id in self.workers:
                 self._lose_worker(event.worker_id, event.reason or f"it exited with {event.exit_code}", now_s)
+            self._judge(event, now_s)
             self._note(now_s, f"worker_{event.kind}", worker=event.worker_id, reason=event.reason or "it ended")
             self._tick(now_s)
 

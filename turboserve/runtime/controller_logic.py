@@ -266,7 +266,7 @@ class ControllerLogic(ControllerAdmin):
         record = live.record
         if record.state not in (SessionState.QUEUED, SessionState.RECOVERING) or live.move or record.owner:
             return
-        worker_id = self._apart(live, wanted)
+        worker_id = self._apart(live, wanted, now_s)
         if worker_id is None or not self._takes(worker_id):
             return
         kind = Kind.PLACE if record.state is SessionState.QUEUED else Kind.RECOVER
@@ -276,7 +276,7 @@ class ControllerLogic(ControllerAdmin):
     def _resume(self, live: Live, wanted: str, now_s: float, reason: str) -> bool:
         if live.record.state not in (SessionState.HOST, SessionState.DISK) or live.move is not None:
             return False
-        worker_id = self._apart(live, wanted)
+        worker_id = self._apart(live, wanted, now_s)
         if worker_id is None or not self._takes(worker_id):
             return False
         if live.record.state is SessionState.DISK and live.disk_bytes and not live.point_bytes:

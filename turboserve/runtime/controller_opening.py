@@ -122,7 +122,7 @@ class ControllerOpening(ControllerStorage, ControllerView):
         if live.record.strikes and opened.restored:
             live.strike_index = opened.next_index
         live.move, live.adopt_by_s, live.retry_at_s = None, None, None
-        live.refusals, live.avoid, live.anew = 0, "", False
+        live.refusals, live.avoid, live.anew, live.own_by_s = 0, "", False, None
         live.began = True
         self._take_numerics(live, self.workers[worker_id].hello.numerics_id, opened, now_s)
         if live.disk_bytes:

@@ -131,6 +131,16 @@ class Move:
 
 
 @dataclass(slots=True)
+class Suspected:
+    """Who was at work on a process that was lost, and the chunk that came next of each; `struck` got strikes for it."""
+
+    pid: int
+    epoch: int
+    sessions: dict[str, int]
+    struck: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Due:
     """Chunk `index` of a session is late after `at_s`; those that follow `every_s` apart, or, where that is 0 (free
     pace), `after_s` after the one before was made."""
@@ -188,6 +198,8 @@ class Live:
     """The chunk from which on it goes on in other bits than it began with; -1: it does not."""
     anew: bool = False
     """Its recovery point is of no use: the next owner begins at chunk 0."""
+    own_by_s: float | None = None
+    """Suspected twice: until then it waits for a worker of its own; None: it has not begun to wait."""
     broken_index: int = -1
     strike_index: int = -1
     """The chunk that comes next after the last worker death it was in; strikes go when it is well past."""

@@ -4,11 +4,6 @@
 those that are watched onto other workers, in order of waiting, as far as there is room. The others wait in host
 memory, where their recovery points are. None is failed for lack of room.
 
-**Suspects.** A session that had chunks to make when its worker died gets a strike: one of them may have killed it.
-Strikes go when the session is `STRIKE_CHUNKS` past the chunk where it happened. A session whose worker dies a second
-time while no other one with two strikes was there is quarantined (it fails, `session_poisoned`). Where several had two
-strikes nobody knows which it was: from then on they are kept on different workers, so that the next death tells.
-
 **Start.** A session that the directory says a worker owns is left alone for `lease_s` and a margin: its owner says
 SessionOpened, or is lost.
 """
@@ -19,18 +14,14 @@ from collections.abc import Iterable, Mapping
 
 from turboserve.orchestrator import view as views
 from turboserve.runtime import messages as m
-from turboserve.runtime.controller_books import GATEWAY, Kind, Live, Phase, Send, Worker
-from turboserve.runtime.controller_moves import ControllerMoves
+from turboserve.runtime.controller_books import GATEWAY, Kind, Live, Phase, Send
+from turboserve.runtime.controller_suspects import STRIKE_CHUNKS, ControllerSuspects
 from turboserve.session import SessionRecord, SessionState
 
-STRIKES_MAX = 2
-STRIKE_CHUNKS = 3
 ADOPT_MARGIN_S = 1.0
 
-_WAITS = frozenset({SessionState.QUEUED, SessionState.RECOVERING, SessionState.HOST, SessionState.DISK})
 
-
-class ControllerRecovery(ControllerMoves):
+class ControllerRecovery(ControllerSuspects):
     """Losing workers, breaking sessions, and taking over from an earlier controller."""
 
     # ------------------------------------------------------------------ a worker is gone
@@ -51,16 +42,15 @@ class ControllerRecovery(ControllerMoves):
             )
         )
         held = self._held_by(worker_id)
-        guilty = self._strike(worker, held, now_s) if blame and worker.blamed else None
+        guilty = self._suspect(worker, held) if blame and worker.blamed else None
         for live in held:
             if live.record.state is SessionState.CLOSING:
                 self._forget(live, SessionState.CLOSED)
             elif live is guilty:
-                message = f"{live.record.strikes} workers ended while they made it; it is not tried again"
-                self._note(now_s, "quarantine", session=live.record.session_id, reason=message)
-                self._fail(live, "session_poisoned", message)
+                self._quarantine(live, now_s)
             else:
                 self._recover(live, now_s, f"worker {worker_id} was lost: {reason}")
+        self._hold_suspects(worker_id, now_s)
         for live in list(self.sessions.values()):
             move = live.move
             if move is None:
@@ -118,77 +108,6 @@ class ControllerRecovery(ControllerMoves):
         if live.record.state is not SessionState.RECOVERING:
             live.record.move(SessionState.RECOVERING, why)
             self._tell_session(live)
-
-    # ------------------------------------------------------------------ suspects
-
-    def _strike(self, worker: Worker, held: list[Live], now_s: float) -> Live | None:
-        """Note who was at work when the worker died; the session that did it, when that is certain."""
-        at_work = [one for one in held if one.wanted and one.record.state not in (SessionState.CLOSING, *_WAITS)]
-        for live in at_work:
-            live.record.strikes += 1
-            live.strike_index = max(live.strike_index, live.next_index)
-        if at_work:
-            self.struck[worker.hello.worker_id] = (
-                worker.hello.worker_epoch,
-                [live.record.session_id for live in at_work],
-            )
-        suspects = [one for one in at_work if one.record.strikes >= STRIKES_MAX]
-        return suspects[0] if len(suspects) == 1 else None
-
-    def _take_strikes_back(self, hello: m.WorkerHello) -> None:
-        """The same process is back: it was cut off or stood still, and no session had killed it."""
-        epoch, struck = self.struck.pop(hello.worker_id, (-1, []))
-        if epoch != hello.worker_epoch:
-            return
-        for live in (self.sessions.get(one) for one in struck):
-            if live is not None and live.record.strikes:
-                live.record.strikes -= 1
-                self._store.set_state(
-                    live.record.session_id, live.record.state, live.record.reason, live.record.strikes
-                )
-
-    def _progress(self, source: str, beat: m.Heartbeat) -> None:
-        """Chunks made clear a session of suspicion."""
-        for session_id, next_index in beat.progress.items():
-            live = self.sessions.get(session_id)
-            if live is not None and live.record.owner == source:
-                self._made(live, next_index)
-
-    def _made(self, live: Live, next_index: int) -> None:
-        if live.move is not None:
-            return
-        live.next_index = max(live.next_index, next_index)
-        if live.record.strikes and live.strike_index >= 0 and next_index >= live.strike_index + STRIKE_CHUNKS:
-            live.record.strikes, live.strike_index = 0, -1
-            self._store.set_state(live.record.session_id, live.record.state, live.record.reason, 0)
-
-    def _apart(self, live: Live, wanted: str) -> str | None:
-        """The worker to put it on when the tick says `wanted`: away from where it broke and from other suspects.
-
-        None: it must wait, because every worker with room has a suspect as grave as itself, or would make other bits.
-        """
-        grave = live.record.strikes >= STRIKES_MAX
-        if not live.record.strikes and wanted != live.avoid and self._fits(live, wanted):
-            return wanted
-        suspects: dict[str, int] = {}
-        for other in self.sessions.values():
-            if other is not live and other.record.owner and other.record.strikes:
-                worst = max(suspects.get(other.record.owner, 0), other.record.strikes)
-                suspects[other.record.owner] = worst
-        roomy = [wanted] + [one for one in sorted(self.workers) if one != wanted and self._takes(one)]
-        roomy = [one for one in roomy if self._fits(live, one)]
-        if not roomy:
-            return None  # it waits for a worker that makes the same bits
-        if not live.record.strikes:
-            suspects = {}
-        away = [one for one in roomy if one != live.avoid] or roomy
-        clean = [one for one in away if one not in suspects]
-        if clean:
-            return clean[0]
-        if grave:
-            light = [one for one in away if suspects[one] < STRIKES_MAX]
-            return light[0] if light else None
-        return away[0]
 
     # ------------------------------------------------------------------ a session that breaks
 

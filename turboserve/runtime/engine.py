@@ -88,11 +88,13 @@ class Engine(EngineSessions):
 
     def run_pass_into(self, emit: Emit) -> None:
         """The same, each result at the moment it is there: a session does not wait for its neighbours' decode."""
+        self.show_work([one.session_id for one in self._sessions.values() if one.work is not None or one.queue])
         for session in self._sessions.values():
             if session.work is None and session.queue and self._chunk_ready(session):
                 self._begin_chunk(session, emit)
         working = [one for one in self._sessions.values() if one.work is not None]
         if not working:
+            self.show_work([])
             if self.has_work:
                 time.sleep(PREPARE_WAIT_S)
             return
@@ -114,6 +116,7 @@ class Engine(EngineSessions):
                 self._take(session, result, emit)
         self._write_through(chosen)
         self.publish()
+        self.show_work(self._in_work())
         self.stats.busy_s += self._clock() - started_s
 
     def _chunk_ready(self, session: HeldSession) -> bool:

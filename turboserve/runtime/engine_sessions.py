@@ -72,6 +72,8 @@ class EngineSessions:
         self.stats = EngineStats()
         self.at_work = AtWork()
         """As of the last pass that began or ended; may be read from any thread."""
+        self.show_work: Callable[[list[str]], None] = lambda names: None
+        """Told which sessions are being worked on before anything is done for them (`work_board.py`)."""
         self._clock = clock
         self._every_chunks = recovery_every_chunks
         self._background = background
@@ -85,10 +87,12 @@ class EngineSessions:
         """Take a slot and begin. PoolExhausted or what the model raises; then nothing is held."""
         if session_id in self._prepared:
             self.drop_prepared(session_id)  # it must begin in a slot that was wiped
+        self.show_work([session_id, *self._in_work()])
         session = hold_session(self.pool, self.model, session_id, seed, control, epoch, decoder)
         failpoint("worker.open.begun")
         session.point_every = self._every_chunks
         self._sessions[session_id] = session
+        self.show_work(self._in_work())
 
     def restore(
         self, session_id: str, seed: int, epoch: int = 0, decoder: str = "", *, any_numerics: bool = False
@@ -100,6 +104,7 @@ class EngineSessions:
         """
         if self.points is None:
             return None
+        self.show_work([session_id, *self._in_work()])
         loaded = self._prepared.pop(session_id, None)
         if loaded is None:
             self.pool.acquire(session_id)
@@ -128,6 +133,7 @@ class EngineSessions:
         session.kept.extend(restored.chunks)
         self._sessions[session_id] = session
         self.stats.restored += 1
+        self.show_work(self._in_work())
         failpoint("worker.open.read")
         return restored
 
@@ -315,6 +321,10 @@ class EngineSessions:
     def active_count(self) -> int:
         """Sessions with a chunk in work or queued. May be read from another thread: the copy is one step."""
         return sum(one.work is not None or bool(one.queue) for one in list(self._sessions.values()))
+
+    def _in_work(self) -> list[str]:
+        """Sessions with a chunk that has begun and is not committed."""
+        return [one.session_id for one in self._sessions.values() if one.work is not None]
 
     def publish(self, until_s: float = 0.0) -> None:
         """Bring `at_work` up to date."""

@@ -12,11 +12,18 @@ STOP_ORDER = 1
 
 
 class LocalBackend:
-    """`starter(worker_id)` says how to start one; it is asked once for each start of that id's child."""
+    """`starter(worker_id)` says how to start one; it is asked once for each start of that id's child. `at_work` says
+    which sessions a worker that has died was working on."""
 
-    def __init__(self, launcher: Launcher, starter: Callable[[str], Start]) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        starter: Callable[[str], Start],
+        at_work: Callable[[str], tuple[str, ...]] = lambda worker_id: (),
+    ) -> None:
         self._launcher = launcher
         self._starter = starter
+        self._at_work = at_work
         self._starts: dict[str, Start] = {}
         self._events: list[m.FleetEvent] = []
         self._ids: set[str] = set()
@@ -53,4 +60,7 @@ class LocalBackend:
             return
         if kind in ("exited", "failed"):
             self._ids.discard(name)
-        self._events.append(m.FleetEvent(worker_id=name, kind=kind, pid=pid, exit_code=code, reason=reason))
+        at_work = () if kind == "started" else self._at_work(name)
+        self._events.append(
+            m.FleetEvent(worker_id=name, kind=kind, pid=pid, exit_code=code, reason=reason, at_work=at_work)
+        )

@@ -111,9 +111,9 @@ class Launcher:
     def _find(self, name: str) -> list[Child]:
         return [one for one in self._children if one.name == name]
 
-    def _forget(self, child: Child, code: int, reason: str) -> None:
+    def _forget(self, child: Child, code: int, reason: str, pid: int = 0) -> None:
         self._children.remove(child)
-        self._say(child.name, "exited", 0, code, reason)
+        self._say(child.name, "exited", pid, code, reason)
 
     def _say(self, name: str, kind: str, pid: int, code: int, reason: str) -> None:
         if self.on_event is not None:
@@ -170,10 +170,10 @@ class Launcher:
             code = child.process.poll()
             if code is None:
                 continue
-            child.process = None
+            pid, child.process = child.process.pid, None
             if code == 0 or child.unwanted:
                 self._log.info("process ended", process=child.name)
-                self._forget(child, code, "it was told to end")
+                self._forget(child, code, "it was told to end", pid)
                 continue
             child.deaths = child.deaths + 1 if now_s - child.started_s < child.lived_s else 1
             self._log.error("process died", process=child.name, exit_code=code, deaths=child.deaths)
@@ -189,7 +189,7 @@ class Launcher:
                 wait_s = min(child.back_off_max_s, BACK_OFF_MIN_S * 2 ** min(16, child.deaths - 2))
             child.start_at_s = now_s + wait_s
             reason = f"exit code {code}, {child.deaths} in a row; started again in {wait_s:.1f} s"
-            self._say(child.name, "backing_off", 0, code, reason)
+            self._say(child.name, "backing_off", pid, code, reason)
         return 0
 
     def stop(self) -> None:

@@ -639,8 +639,11 @@ class FleetEvent(Message, frozen=True, kw_only=True):
     kind: ShortText
     pid: Count = 0
     exit_code: int = 0
+    """Of the process `pid`; below 0: the number of the signal that ended it."""
     request_id: ShortText = ""
     reason: str = ""
+    at_work: Annotated[tuple[SessionId, ...], msgspec.Meta(max_length=WORK_MAX)] = ()
+    """Sessions that the process was working on when it died."""
 
 
 # ---------------------------------------------------------------- launcher <-> all

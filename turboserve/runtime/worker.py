@@ -68,6 +68,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     from turboserve.runtime.session_points import SessionPoints
     from turboserve.runtime.snapshot import SnapshotShape
     from turboserve.runtime.state_copies import copies_for, staging_bytes
+    from turboserve.runtime.work_board import WorkBoard
 
     started_s = time.monotonic()
     set_up_determinism(torch.device(config.device))
@@ -158,6 +159,10 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     if points is not None and model.device.type == "cuda":
         beside = BackgroundPoints(points, layout, model.device)
     engine = Engine(model, pool, cost, points=points, recovery_every_chunks=every, background=beside)
+    if config.board_fd >= 0:
+        board = WorkBoard(config.board_fd)
+        board.show(())  # of the process that was here before
+        engine.show_work = board.show
     return Loaded(engine, hello, producer, store)
 
 

@@ -60,6 +60,8 @@ class WorkerConfig:
     capacity: int = 4
     ring_fd: int = -1
     ring_bytes: int = 16 << 20
+    board_fd: int = -1
+    """An inherited work board (`work_board.py`): who was at work when this process dies; -1: there is none."""
     arena_fd: int = -1
     arena_partition: int = 0
     recovery_every_chunks: int = 0

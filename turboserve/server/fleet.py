@@ -23,6 +23,7 @@ from turboserve.runtime.controller_config import ControllerConfig, controller_ar
 from turboserve.runtime.launch_hook import HookBackend
 from turboserve.runtime.launch_local import STOP_ORDER, LocalBackend
 from turboserve.runtime.launcher import Launcher, Start
+from turboserve.runtime.work_board import WorkBoard, create_board
 from turboserve.runtime.worker_config import WorkerConfig, config_fd, worker_argv
 from turboserve.server.gateway_config import GatewayConfig, gateway_argv
 
@@ -102,7 +103,8 @@ class Fleet:
         self._token_file = self._write_token()
         if options.backend == "ray":
             launch_ray.ray_backend()
-        local = LocalBackend(launcher, self._worker_starter)
+        self._boards: dict[str, WorkBoard] = {}
+        local = LocalBackend(launcher, self._worker_starter, lambda worker_id: self._boards[worker_id].read())
         backend: Backend = local
         if options.scale_hook:
             facts = {
@@ -228,6 +230,9 @@ class Fleet:
         has_arena = self._arena_fd >= 0 and partition < self._partitions
         ring_fd = frame_ring.create(self._ring_bytes)
         os.set_inheritable(ring_fd, True)
+        board_fd = create_board()
+        os.set_inheritable(board_fd, True)
+        self._boards[worker_id] = WorkBoard(board_fd)
 
         def start(generation: int) -> tuple[list[str], int, tuple[int, ...]]:
             options = self.options
@@ -247,6 +252,7 @@ class Fleet:
                 capacity=options.capacity,
                 ring_fd=ring_fd,
                 ring_bytes=self._ring_bytes,
+                board_fd=board_fd,
                 arena_fd=self._arena_fd if has_arena else -1,
                 arena_partition=partition if has_arena else 0,
                 parent_fd=self._launcher.parent_fd,
@@ -257,7 +263,7 @@ class Fleet:
                 log_level=options.log_level,
             )
             fd = config_fd(config)
-            return worker_argv(fd), fd, (ring_fd, *self._arena_fds())
+            return worker_argv(fd), fd, (ring_fd, board_fd, *self._arena_fds())
 
         return start
 

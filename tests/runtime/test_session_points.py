@@ -13,6 +13,7 @@ from tiny_model import TinyModel, session_id
 
 from turboserve.errors import ArenaFull, Conflict, NotOffered, PoolExhausted, SessionPoisoned
 from turboserve.model.interface import ChunkRequest, Control, PromptSwitch
+from turboserve.runtime.background_points import AT_ONCE, frozen_bytes
 from turboserve.runtime.copy_engine import CopyEngine
 from turboserve.runtime.engine import Engine
 from turboserve.runtime.kv_pool import KvPool
@@ -446,6 +447,38 @@ def test_a_pass_that_writes_to_a_page_on_its_way_out_waits_for_it(node, chain, m
             chunks(engine, [index])
     assert gate.is_set() and job.done  # the ring came round to it
     assert all(one.digest == chain[one.chunk_index] for one in engine._sessions[session_id("b")].kept)
+
+
+def test_no_more_points_are_on_their_way_than_memory_is_kept_for_and_all_come_to_their_turn(node, monkeypatch):
+    engine = node.engine(TinyModel(), background=True)
+    gate, write, names = threading.Event(), engine.points.write, "bcde"
+    monkeypatch.setattr(engine.points, "write", lambda session, epoch: gate.wait(10) and write(session, epoch))
+    for name in names:
+        engine.open(session_id(name), seed_of(name), Control(prompt_of(name, 0)), 1)
+
+    def chunk(index: int) -> None:
+        for name in names:
+            engine.submit(session_id(name), request_of(name, index), 1e9)
+        run(engine)
+
+    chunk(0)
+    jobs = [one.job for one in engine._sessions.values() if one.job is not None]
+    assert len(jobs) == AT_ONCE < len(names) and not any(one.done for one in jobs)
+    layout = engine.model.state_layout()
+    changing = sum(one.nbytes for one in layout if one.name in ("text", "carried"))
+    assert frozen_bytes(layout) == AT_ONCE * changing  # "counts" changes too, in host memory
+    gate.set()
+    for one in jobs:
+        one.wait()
+        assert one._session is None, "its clones are still held"
+    chunk(1)
+    for session in engine._sessions.values():
+        engine._settle(session)
+    behind = [engine._sessions[session_id(name)].point_chunk for name in names]
+    assert all(at > 0 for at in behind), behind
+    for name in names:
+        engine.close(session_id(name))
+        node.store.drop(session_id(name))
 
 
 def test_a_full_arena_is_no_worse_in_the_background(chain):

@@ -2,8 +2,8 @@
 
 What is copied must not change meanwhile. Pages of finished chunks do not, until a pass is about to write to one of
 them; the engine then waits for the copy (`Job.pages`). Fields that change with every chunk or prompt are cloned on the
-device first, in the engine's own order. On CUDA the copies run on a stream of their own that begins where the engine's
-stood.
+device first, in the engine's own order; memory is kept for `AT_ONCE` such clones (2 GB each with a Wan VAE), and no
+more points are on their way. On CUDA the copies run on a stream of their own that begins where the engine's stood.
 
 On a CPU the engine's own thread is as good a place: there is no second device that would copy meanwhile.
 """
@@ -20,10 +20,18 @@ from dataclasses import replace
 
 import torch
 
-from turboserve.model.interface import Field, SessionTensors, Update
+from turboserve.model.interface import Field, SessionTensors, Tier, Update, state_bytes
 from turboserve.runtime.recovery_store import RecoveryPoint
 from turboserve.runtime.session_points import SessionPoints
 from turboserve.runtime.session_tensors import HeldSession
+
+AT_ONCE = 2
+
+
+def frozen_bytes(layout: Sequence[Field]) -> int:
+    """Device memory that the clones of all points on their way take at most."""
+    changing = [one for one in layout if one.update in (Update.PER_PROMPT, Update.OVERWRITE)]
+    return AT_ONCE * state_bytes(changing, Tier.DEVICE)
 
 
 class Job:
@@ -33,7 +41,7 @@ class Job:
         self.pages = pages
         self.chunk = session.state.next_chunk_index
         self.took_s = 0.0
-        self._session = session
+        self._session: HeldSession | None = session
         self._epoch = epoch
         self._ended = threading.Event()
         self._point: RecoveryPoint | None = None
@@ -53,10 +61,12 @@ class Job:
 
     def run(self, points: SessionPoints) -> None:
         before_s = time.monotonic()
+        assert self._session is not None
         try:
             self._point = points.write(self._session, self._epoch)
         except BaseException as error:  # it is the engine's to raise, in its own thread
             self._error = error
+        self._session = None  # the clones go back now, not when the session's next point is begun
         self.took_s = time.monotonic() - before_s
         self._ended.set()
 
@@ -67,10 +77,17 @@ class BackgroundPoints:
     def __init__(self, points: SessionPoints, layout: Sequence[Field], device: torch.device) -> None:
         self._points = points
         self._changing = [one.name for one in layout if one.update in (Update.PER_PROMPT, Update.OVERWRITE)]
+        self._begun: list[Job] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Bounded by the sessions: each has one job at a time.
         self._jobs: queue.SimpleQueue[tuple[Job, torch.cuda.Event | None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="points", daemon=True).start()
+
+    @property
+    def full(self) -> bool:
+        """Whether as many points are on their way as there is memory for."""
+        self._begun = [one for one in self._begun if not one.done]
+        return len(self._begun) >= AT_ONCE
 
     def begin(self, session: HeldSession, epoch: int) -> Job:
         """Start writing the point of a session at a chunk boundary."""
@@ -79,6 +96,7 @@ class BackgroundPoints:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record()
+        self._begun.append(job)
         self._jobs.put((job, ready))
         return job
 

@@ -225,7 +225,8 @@ class EngineSessions:
         """Points of those that have just committed a chunk and are due one."""
         if self.points is None:
             return
-        for session in sessions:
+        # Who is farthest behind comes first: where not all can be written now, each has its turn.
+        for session in sorted(sessions, key=lambda one: one.point_chunk - one.state.next_chunk_index):
             behind = session.state.next_chunk_index - session.point_chunk
             if session.work is not None or session.fault is not None or session.saved or behind < session.point_every:
                 continue
@@ -244,6 +245,8 @@ class EngineSessions:
             self._settle(session)
             if session.state.next_chunk_index - session.point_chunk < session.point_every:
                 return
+        if background.full:
+            return
         session.job = background.begin(session, session.epoch)
         session.saved = True  # until the next chunk begins
 

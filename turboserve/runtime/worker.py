@@ -58,7 +58,7 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
 
     from turboserve.model.interface import Tier, layout_hash, state_bytes
     from turboserve.runtime.arena import Arena
-    from turboserve.runtime.background_points import BackgroundPoints
+    from turboserve.runtime.background_points import BackgroundPoints, frozen_bytes
     from turboserve.runtime.cost_model import MeasuredCost, calibrate
     from turboserve.runtime.engine import Engine
     from turboserve.runtime.kv_pool import KvPool, slots_within
@@ -79,7 +79,8 @@ def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: A
     if model.device.type == "cuda":
         staging = staging_bytes(config.pack_below_bytes) if config.arena_fd >= 0 else 0
         free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
-        slots = slots_within(slots, state_bytes(layout, Tier.DEVICE), free_bytes - staging, total_bytes)
+        clones = frozen_bytes(layout) if config.arena_fd >= 0 else 0
+        slots = slots_within(slots, state_bytes(layout, Tier.DEVICE), free_bytes - staging - clones, total_bytes)
         if slots < config.slots:
             log.warning("fewer slots than asked for fit the device", asked=config.slots, slots=slots)
     pool = KvPool(layout, slots, model.device)

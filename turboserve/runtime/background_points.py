@@ -51,6 +51,10 @@ class Job:
     def done(self) -> bool:
         return self._ended.is_set()
 
+    def wait_ended(self) -> None:
+        """Until nothing of it is under way, whatever came of it."""
+        self._ended.wait()
+
     def wait(self) -> RecoveryPoint:
         """Until the point is committed; raises what kept it from being so (ArenaFull)."""
         self._ended.wait()
@@ -83,14 +87,11 @@ class BackgroundPoints:
         self._jobs: queue.SimpleQueue[tuple[Job, torch.cuda.Event | None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="points", daemon=True).start()
 
-    @property
-    def full(self) -> bool:
-        """Whether as many points are on their way as there is memory for."""
-        self._begun = [one for one in self._begun if not one.done]
-        return len(self._begun) >= AT_ONCE
-
     def begin(self, session: HeldSession, epoch: int) -> Job:
-        """Start writing the point of a session at a chunk boundary."""
+        """Start writing the point of a session at a chunk boundary; waits while there is no memory for its clones."""
+        while len(running := [one for one in self._begun if not one.done]) >= AT_ONCE:
+            running[0].wait_ended()
+        self._begun = running
         job = Job(self._frozen(session), epoch, self._points.unwritten_pages(session))
         ready = None
         if self._stream is not None:

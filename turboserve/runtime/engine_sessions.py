@@ -225,8 +225,7 @@ class EngineSessions:
         """Points of those that have just committed a chunk and are due one."""
         if self.points is None:
             return
-        # Who is farthest behind comes first: where not all can be written now, each has its turn.
-        for session in sorted(sessions, key=lambda one: one.point_chunk - one.state.next_chunk_index):
+        for session in sessions:
             behind = session.state.next_chunk_index - session.point_chunk
             if session.work is not None or session.fault is not None or session.saved or behind < session.point_every:
                 continue
@@ -245,8 +244,6 @@ class EngineSessions:
             self._settle(session)
             if session.state.next_chunk_index - session.point_chunk < session.point_every:
                 return
-        if background.full:
-            return
         session.job = background.begin(session, session.epoch)
         session.saved = True  # until the next chunk begins
 

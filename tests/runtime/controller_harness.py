@@ -27,6 +27,7 @@ class Cluster:
         self.logic = make(store=self.store, **self.options)
         self.workers: dict[str, ScriptedWorker] = {}
         self.points: dict[str, int] = {}
+        self.nodes = {"n": self.points}
         self.gateway: list[m.Message] = []
         self.launcher: list[m.FleetWish] = []
         self.dropped: list[str] = []
@@ -41,7 +42,11 @@ class Cluster:
         said = hello(worker_id, self.epochs[worker_id])
         if self.local:
             said = msgspec.structs.replace(said, ring_fd=3, pid=100 * self.epochs[worker_id] + int(worker_id[1:]))
-        self.workers[worker_id] = worker = ScriptedWorker(said, self.points, slots=CAPACITY)
+        said, points = msgspec.structs.replace(said, arena_bytes=1 << 20), self.points
+        if worker_id[0] == "j":  # joined: a node of its own, whose arena ends with it
+            points = self.nodes[worker_id] = {}
+            said = msgspec.structs.replace(said, node=worker_id, own_arena=True, ring_fd=-1)
+        self.workers[worker_id] = worker = ScriptedWorker(said, points, slots=CAPACITY, nodes=self.nodes)
         worker.connect()
 
     def kill(self, worker_id: str) -> None:
@@ -68,7 +73,13 @@ class Cluster:
 
     def restart_controller(self) -> None:
         self.logic = make(store=self.store, **self.options)
-        self.logic.take_over(self.store.stored(), self.now_s, self.store.moves(), numerics=self.store.numerics)
+        self.logic.take_over(
+            self.store.stored(),
+            self.now_s,
+            self.store.moves(),
+            numerics=self.store.numerics,
+            nodes=self.store.points,
+        )
         for worker in self.workers.values():
             worker.connect()
 
@@ -144,14 +155,18 @@ class Cluster:
             assert (epoch, owner) == (record.epoch, record.owner)
             memory_only = {SessionState.RUNNING, SessionState.STALLED}
             assert state is record.state or {state, record.state} <= memory_only, (state, record.state)
-            assert (live.move is not None) == (
-                record.owner is not None and state not in memory_only | {SessionState.CLOSING}
-            ) or live.adopt_by_s is not None, (record, live.move)
+            brought = live.move is not None and live.move.carried and record.owner is None
+            assert (
+                brought
+                or (live.move is not None)
+                == (record.owner is not None and state not in memory_only | {SessionState.CLOSING})
+                or live.adopt_by_s is not None
+            ), (record, live.move)
             shown = logic.view.session(live.row)
             if record.state in memory_only and live.adopt_by_s is None:
                 assert shown.state == "held" and logic.view.workers.ids[shown.worker] == owner
             if owner is None:
-                assert shown.worker is None and shown.target is None
+                assert shown.worker is None and (brought or shown.target is None)
             elif live.adopt_by_s is None:
                 assert owner in logic.workers
         owners = [

@@ -17,7 +17,8 @@ class Held:
 
 @dataclass
 class ScriptedWorker:
-    """`points` is the node's arena: session -> chunks made; it outlives the worker."""
+    """`points` is the node's arena: session -> chunks made; it outlives the worker. `nodes` are all arenas by the
+    address under which points are awaited there, which here is the node's name."""
 
     hello: m.WorkerHello
     points: dict[str, int]
@@ -30,6 +31,9 @@ class ScriptedWorker:
     heard: list[m.Message] = field(default_factory=list)
     """From the controller, not yet taken."""
     stopped: bool = False
+    nodes: dict[str, dict[str, int]] = field(default_factory=dict)
+    arrive: int = 1000
+    """Points that still arrive of those that it sends to other nodes."""
 
     def connect(self) -> None:
         """Say hello and what it holds, as after every connect."""
@@ -74,16 +78,39 @@ class ScriptedWorker:
                     )
                     self.said.append(refused)
                 else:
-                    self.prepared[message.session_id] = message.move_id
-                    self.said.append(m.SessionPrepared(session_id=message.session_id, move_id=message.move_id))
+                    if message.slot:
+                        self.prepared[message.session_id] = message.move_id
+                    address = self.hello.node if message.awaits else ""
+                    prepared = m.SessionPrepared(
+                        session_id=message.session_id, move_id=message.move_id, address=address
+                    )
+                    self.said.append(prepared)
             case m.DropPrepared():
                 if self.prepared.get(message.session_id) == message.move_id:
                     del self.prepared[message.session_id]
             case m.HandOver():
                 held = self.held.get(message.session_id)
-                if held is not None and held.epoch == message.epoch:
+                if held is not None and held.epoch == message.epoch and not self._carry(message, held.next_index):
+                    kept = m.SessionKept(
+                        session_id=message.session_id,
+                        epoch=held.epoch,
+                        move_id=message.move_id,
+                        code="worker_failed",
+                        message="cut",
+                    )
+                    self.said.append(kept)
+                elif held is not None and held.epoch == message.epoch:
                     held.stopped_by = message.move_id
                     self._say_handed_over(message.session_id, held)
+            case m.SendPoint():
+                names = {"session_id": message.session_id, "move_id": message.move_id}
+                if message.session_id in self.points and self._carry(message, self.points[message.session_id]):
+                    self.said.append(m.PointSent(sent_bytes=1, **names))
+                else:
+                    self.said.append(m.PointKept(code="worker_failed", message="cut", **names))
+            case m.ForgetPoint():
+                if message.session_id not in self.held:
+                    self.points.pop(message.session_id, None)
             case m.CloseSession():
                 held = self.held.get(message.session_id)
                 if held is not None and message.epoch >= held.epoch:
@@ -92,6 +119,21 @@ class ScriptedWorker:
                 self.said.append(m.SessionReleased(session_id=message.session_id, epoch=message.epoch))
             case m.StopWorker():
                 self.stopped = True
+
+    def _carry(self, asked: m.SendPoint | m.HandOver, next_index: int) -> bool:
+        """Its point to another node, when it is to go to one."""
+        if not asked.target_address:
+            return True
+        self.arrive -= 1
+        if self.arrive >= 0:
+            self.nodes[asked.target_address][asked.session_id] = next_index
+        return self.arrive >= 0
+
+    def tell_points(self) -> None:
+        told = m.PointsHeld(
+            worker_id=self.hello.worker_id, worker_epoch=self.hello.worker_epoch, sessions=dict(self.points)
+        )
+        self.said.append(told)
 
     def _open(self, asked: m.OpenSession) -> None:
         session_id, held = asked.session_id, self.held.get(asked.session_id)

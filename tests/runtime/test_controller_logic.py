@@ -27,6 +27,7 @@ class MemoryStore:
         self.numbers: dict[str, int] = {}
         self.numerics: dict[str, tuple[str, int]] = {}
         self.wishes: dict[int, list[tuple[str, str]]] = {}
+        self.points: dict[str, str] = {}
 
     def insert(self, record: SessionRecord, request: bytes = b"") -> None:
         if record.session_id in self.rows:
@@ -51,8 +52,12 @@ class MemoryStore:
     def set_numerics(self, session_id: str, numerics_id: str, approximate_from: int) -> None:
         self.numerics[session_id] = (numerics_id, approximate_from)
 
+    def set_point(self, session_id: str, node: str) -> None:
+        self.points[session_id] = node
+
     def forget(self, session_id: str) -> None:
         del self.rows[session_id], self.requests[session_id]
+        self.points.pop(session_id, None)
 
     def record_wish(self, op_id: int, wishes: list[tuple[str, str]]) -> None:
         assert op_id not in self.wishes
@@ -105,7 +110,9 @@ def profile() -> LatencyProfile:
 
 
 def make(**options) -> ControllerLogic:
-    return ControllerLogic(options.pop("store", None) or MemoryStore(), fill_in_order, profile(), **options)
+    return ControllerLogic(
+        options.pop("store", None) or MemoryStore(), fill_in_order, profile(), **({"node": "n"} | options)
+    )
 
 
 def hello(worker_id: str, epoch: int = 1) -> m.WorkerHello:

@@ -58,6 +58,10 @@ def test_a_point_is_sent_ahead_while_the_session_goes_on():
     assert sent == Send(CONTROLLER, m.PointSent(session_id=SID, move_id=1, sent_bytes=500))
     [kept] = logic.on_point(b.PointNotSent(SID, 1, True, "refused", "full"), 0.6)
     assert (kept.message.code, kept.message.message) == ("refused", "full")
+    [nothing] = logic.on_point(b.PointNotSent(SID, 1, True, "not_found", "none yet"), 0.6)
+    assert nothing.message == m.PointSent(session_id=SID, move_id=1), "before its first point the stop carries it all"
+    [kept] = logic.on_point(b.PointNotSent("c" * 26, 1, True, "not_found", "none"), 0.6)
+    assert kept.message.code == "not_found", "of a session that nobody has it is an answer"
     assert logic.on_message(CONTROLLER, send_point(epoch=0), 0.7) == [], "of an owner that was replaced"
     assert logic.sessions[SID].phase is Phase.OPEN
 

@@ -30,8 +30,8 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[str]:
+@pytest.fixture(scope="module", name="namespace")
+def other_namespace() -> Iterator[str]:
     """Another network, joined to ours by one virtual cable."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("making a network namespace needs root and iproute2")
@@ -61,10 +61,10 @@ def control_address(server: RunningServer) -> str:
 
 
 @contextlib.contextmanager
-def joined(namespace: str, server: RunningServer, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def joined(namespace: str, server: RunningServer, log: Path, failpoints: str = "") -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "turboserve", "worker", "--join", control_address(server)]
     command += ["--token-file", str(server.data_dir / "cluster.token"), "--advertise", THERE]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TURBOSERVE_FAILPOINTS": failpoints}
     with open(log, "ab") as output:
         process = subprocess.Popen(
             ["ip", "netns", "exec", namespace, *command], stdout=output, stderr=output, env=environment

@@ -25,6 +25,8 @@ from turboserve.runtime.controller_storage import StoredBytes
 from turboserve.runtime.controller_suspects import QUARANTINED, STRIKES_MAX
 
 LAUNCHER = "launcher"
+HOME = "node"
+"""The server's node: the arena that the controller maps."""
 LEASE_S = 1.0
 HEARTBEAT_S = 0.25
 SWEEP_S = 2.0
@@ -79,15 +81,17 @@ class SimController(Process):
             workers=self.worker_count,
             memory=Memory(),
             move_deadline_s=3.0,
+            node=HOME,
         )
         self.logic.generation = self.directory.next_epoch("controller")
-        stored, moves = [], {}
+        stored, moves, nodes = [], {}, {}
         for row in self.directory.stored():
+            nodes[row.record.session_id] = row.point_node
             if row.move_id:
                 moves[row.record.session_id] = (row.move_id, row.move_target)
             stored.append((row.record, m.decode(row.request)))
         on_disk = dict.fromkeys(self.arena.disk, POINT_BYTES)
-        self._guard(lambda: self.logic.take_over(stored, self.world.now_s, moves, on_disk) or [])
+        self._guard(lambda: self.logic.take_over(stored, self.world.now_s, moves, on_disk, nodes=nodes) or [])
         self._sweep_at_s = self.world.now_s + SWEEP_S
         self._count_at_s = self.world.now_s
         self._timer()

@@ -85,6 +85,7 @@ class Row:
     request: bytes = b""
     move_id: int = 0
     move_target: str = ""
+    point_node: str = ""
 
 
 class CrashNow(Exception):
@@ -161,6 +162,11 @@ class SimDirectory:
     def set_numerics(self, session_id: str, numerics_id: str, approximate_from: int) -> None:
         pass  # all workers here make the same bits
 
+    def set_point(self, session_id: str, node: str) -> None:
+        row = self.rows.get(session_id)
+        if row is not None:
+            self._write(lambda: setattr(row, "point_node", node))
+
     def forget(self, session_id: str) -> None:
         self._write(lambda: self.rows.pop(session_id, None))
 
@@ -176,6 +182,7 @@ class SimDirectory:
                 row.request,
                 row.move_id,
                 row.move_target,
+                row.point_node,
             )
             for row in self.rows.values()
         ]

@@ -101,6 +101,7 @@ def _session(books: ControllerBooks, live: Live) -> dict[str, Any]:
         "stage": record.state.value,
         "active": bool(sessions.active[live.row]),
         "worker": record.owner,
+        "point_node": live.point_node,
         "tier": _TIERS.get(record.state, "device" if record.state in OWNED else "none"),
         "epoch": record.epoch,
         "steps": int(sessions.steps[live.row]),

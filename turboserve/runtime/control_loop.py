@@ -123,6 +123,7 @@ class ControlLoop:
             memory=Memory(),
             can_move=config.arena_fd >= 0,
             may_kill=config.may_kill,
+            node=config.node,
         )
         self._logic.generation = self._directory.next_epoch("controller")
         self._failed = ""
@@ -192,7 +193,7 @@ class ControlLoop:
     def _take_over(self) -> None:
         """What the directory has of an earlier controller."""
         stored = []
-        moves, numerics = {}, {}
+        moves, numerics, nodes = {}, {}, {}
         for one in self._directory.stored():
             numerics[one.record.session_id] = (one.numerics_id, one.approximate_from)
             if one.move_id:
@@ -202,13 +203,14 @@ class ControlLoop:
             except ProtocolError as error:
                 request = None
                 self._log.warning("session cannot be taken over", session=one.record.session_id, error=str(error))
+            nodes[one.record.session_id] = one.point_node
             if isinstance(request, m.CreateSession):
                 stored.append((one.record, request))
             else:
                 # Its gateway still has it, and creates it anew.
                 self._directory.forget(one.record.session_id)
         on_disk = self._points.on_disk() if self._points is not None else {}
-        self._logic.take_over(stored, time.monotonic(), moves, on_disk, numerics)
+        self._logic.take_over(stored, time.monotonic(), moves, on_disk, numerics, nodes)
         if stored:
             self._log.info("sessions of an earlier controller", count=len(stored))
 

@@ -121,7 +121,7 @@ class ControllerAdmin(ControllerFleet):
         if not fits:
             live.allowed_numerics, reason = numerics_id, f"{reason}, who allows other numerics"
         state = live.record.state
-        if state in (SessionState.HOST, SessionState.DISK) and self._resume(live, target, now_s, reason):
+        if state in (SessionState.HOST, SessionState.DISK) and self._resume(live, target, now_s, reason, there=True):
             self._answer(asked.op_id, state="suspended", message=f"it is brought to {target}")
         elif state is SessionState.RECOVERING and not live.record.owner:
             self._place(live, target, now_s, reason)
@@ -135,7 +135,7 @@ class ControllerAdmin(ControllerFleet):
     def _place(self, live: Live, wanted: str, now_s: float, reason: str) -> None:
         raise NotImplementedError
 
-    def _resume(self, live: Live, wanted: str, now_s: float, reason: str) -> bool:
+    def _resume(self, live: Live, wanted: str, now_s: float, reason: str, *, there: bool = False) -> bool:
         raise NotImplementedError
 
     def _answer_state(self, op_id: int, live: Live) -> None:

@@ -38,6 +38,7 @@ from turboserve.runtime.controller_records import (
 )
 from turboserve.session import SessionRecord, SessionState, public_state
 
+_TRANSFERS = frozenset({Kind.RESUME, Kind.MIGRATE, Kind.SUSPEND, Kind.ABORT})
 OPS_KEPT = 4096
 PROFILING_MAX = 64
 DECISIONS_KEPT = 100
@@ -75,6 +76,7 @@ class Store(Protocol):
     def set_state(self, session_id: str, state: SessionState, reason: str = "", strikes: int | None = None) -> None: ...
     def set_move(self, session_id: str, move_id: int, target: str) -> None: ...
     def set_numerics(self, session_id: str, numerics_id: str, approximate_from: int) -> None: ...
+    def set_point(self, session_id: str, node: str) -> None: ...
     def forget(self, session_id: str) -> None: ...
     def record_wish(self, op_id: int, wishes: list[tuple[str, str]]) -> None: ...
     def recorded_wish(self, op_id: int) -> list[tuple[str, str]] | None: ...
@@ -100,8 +102,11 @@ class ControllerBooks:
         move_deadline_s: float = 10.0,
         can_move: bool = True,
         may_kill: bool = True,
+        node: str = "local",
     ) -> None:
         self._store = store
+        self.node = node
+        """The server's own, whose arena the controller maps."""
         self._decide = decide
         self._memory = memory
         self._not_carried_out: dict[str, None] = {}
@@ -262,13 +267,15 @@ class ControllerBooks:
                 row = (views.HOST, views.NOWHERE, views.NOWHERE)
             case _:  # waits for a worker: no state of it stands in the way of putting it anywhere
                 row = (views.NEW, views.NOWHERE, views.NOWHERE)
+        if move is not None and record.owner is None:  # its point is on the way to a worker of another node
+            row = (views.RESUMING, views.NOWHERE, self._row_of(move.target))
         if live.adopt_by_s is not None or live.retry_at_s is not None or live.loading:
             # The tick has nothing to decide about it now, but it may take a slot.
             row = (views.RESUMING if owner < 0 else views.SUSPENDING, owner, views.NOWHERE)
         self._set_row(live, *row)
         self.view.sessions.active[live.row] = live.wanted and record.state is not SessionState.CLOSING
         # A session that is placed, or placed again after a loss, takes no transfer's turn: several may come at once.
-        if move is not None and move.kind in (Kind.RESUME, Kind.MIGRATE, Kind.SUSPEND, Kind.ABORT):
+        if move is not None and (move.kind in _TRANSFERS or move.carried):
             self._transfers[record.session_id] = live
         else:
             self._transfers.pop(record.session_id, None)

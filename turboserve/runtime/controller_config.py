@@ -26,6 +26,8 @@ class ControllerConfig:
     """0 or equal to `workers`: a fixed fleet."""
     fleet_fd: int = -1
     """Our end of the link to the launcher (runtime/fleet_link.py); -1: nobody starts or stops workers for us."""
+    node: str = "local"
+    """The name of the server's node, as its workers bear it."""
     arena_fd: int = -1
     """The node's arena, of which partition 0 is ours; -1: sessions leave no recovery points."""
     disk_bytes: int = 1 << 34

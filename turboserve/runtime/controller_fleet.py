@@ -168,7 +168,7 @@ class ControllerFleet(ControllerRecovery):
         worker = self.workers.get(worker_id)
         if worker is None or worker.closing or (worker.state != "draining" and not self.stopping):
             return
-        if self._held_count(worker_id):
+        if self._held_count(worker_id) or self._points_to_save(worker_id):
             return
         worker.blamed = False
         self._out.append(Send(worker_id, m.StopWorker(worker_id=worker_id, reason="drained, it owns nothing")))

@@ -78,6 +78,7 @@ class ControllerLogic(ControllerAdmin):
             if live.adopt_by_s is None and now_s - live.queued_since_s > self.queue_age_max_s:
                 self._fail(live, "queue_timeout", f"no room within {self.queue_age_max_s:g} s")
         self._empty_late(now_s)
+        self._save_points(now_s)
         if self.stopping:
             self._stop_step(now_s)
         if changed or (self.wake_at_s is not None and now_s >= self.wake_at_s):
@@ -266,22 +267,29 @@ class ControllerLogic(ControllerAdmin):
         record = live.record
         if record.state not in (SessionState.QUEUED, SessionState.RECOVERING) or live.move or record.owner:
             return
-        worker_id = self._apart(live, wanted, now_s)
+        worker_id = self._by_its_point(live, self._apart(live, wanted, now_s))
         if worker_id is None or not self._takes(worker_id):
             return
         kind = Kind.PLACE if record.state is SessionState.QUEUED else Kind.RECOVER
+        if kind is Kind.RECOVER and self._bring(live, worker_id, kind, now_s, reason):
+            return
         if self._open(live, worker_id, kind, SessionState.LOADING, now_s, reason=reason):
             self._note(now_s, "place", worker=worker_id, session=record.session_id, reason=reason)
 
-    def _resume(self, live: Live, wanted: str, now_s: float, reason: str) -> bool:
+    def _resume(self, live: Live, wanted: str, now_s: float, reason: str, *, there: bool = False) -> bool:
+        """`there`: on that worker, and not on another one of the node where its point lies."""
         if live.record.state not in (SessionState.HOST, SessionState.DISK) or live.move is not None:
             return False
         worker_id = self._apart(live, wanted, now_s)
+        if not there:
+            worker_id = self._by_its_point(live, worker_id)
         if worker_id is None or not self._takes(worker_id):
             return False
         if live.record.state is SessionState.DISK and live.disk_bytes and not live.point_bytes:
             self._load(live)
             return True  # the tick puts it somewhere once its point is there
+        if self._bring(live, worker_id, Kind.RESUME, now_s, reason):
+            return True
         if not self._open(live, worker_id, Kind.RESUME, SessionState.RESUMING, now_s, reason=reason):
             return False
         self._note(now_s, "resume", worker=worker_id, session=live.record.session_id, reason=reason)

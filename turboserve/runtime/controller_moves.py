@@ -10,7 +10,7 @@ from __future__ import annotations
 from turboserve.errors import ArenaFull
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import Kind, Live, Move, Phase, Send
-from turboserve.runtime.controller_opening import ControllerOpening
+from turboserve.runtime.controller_far import ControllerFar
 from turboserve.session import SessionState
 
 _RESTING = frozenset({SessionState.RUNNING, SessionState.STALLED})
@@ -18,7 +18,7 @@ KEPT_PAUSE_S = 2.0
 """A session that could not leave for want of room in the arena makes chunks for so long before it is asked again."""
 
 
-class ControllerMoves(ControllerOpening):
+class ControllerMoves(ControllerFar):
     """Suspending and migrating one session at a time."""
 
     # ------------------------------------------------------------------ beginning a move
@@ -61,24 +61,11 @@ class ControllerMoves(ControllerOpening):
             now_s + self.move_deadline_s,
             record.epoch,
             reason,
+            carried=self._must_carry(record.owner, target),
         )
         self._store.set_move(record.session_id, move_id, target)
         self._move(live, SessionState.PRECOPY, reason)
-        asked = live.request
-        self._out.append(
-            Send(
-                target,
-                m.PrepareSession(
-                    session_id=record.session_id,
-                    move_id=move_id,
-                    seed=record.seed,
-                    width=record.width,
-                    height=record.height,
-                    prompt=asked.prompt,
-                    prompt_version=asked.prompt_version,
-                ),
-            )
-        )
+        self._ask_to_prepare(live, live.move)
         self._note(now_s, "migrate", worker=target, session=record.session_id, source=record.owner, reason=reason)
         self._tell_session(live)
         return True
@@ -94,10 +81,20 @@ class ControllerMoves(ControllerOpening):
             return
         if move.phase is not Phase.PREPARE:
             return
+        if move.carried:
+            self._send_ahead(live, move, prepared.address, now_s)
+        else:
+            self._ask_to_hand_over(live, move)
+
+    def _ask_to_hand_over(self, live: Live, move: Move) -> None:
         move.phase = Phase.HANDOVER
         self._move(live, SessionState.HANDOVER, move.reason)
         hand_over = m.HandOver(
-            session_id=prepared.session_id, epoch=live.record.epoch, move_id=move.id, target=move.target
+            session_id=live.record.session_id,
+            epoch=live.record.epoch,
+            move_id=move.id,
+            target=move.target,
+            target_address=move.address,
         )
         self._out.append(Send(move.source, hand_over))
         # The gateway is not told yet: until the source has stopped it may go on.
@@ -107,7 +104,7 @@ class ControllerMoves(ControllerOpening):
         move = live.move if live is not None else None
         if live is None or move is None or move.id != refused.move_id or move.phase is not Phase.PREPARE:
             return
-        self._stay(live, now_s, f"{source} has no place for it: {refused.message}")
+        self._give_up_before_the_stop(live, move, now_s, f"{source} has no place for it: {refused.message}")
         self._tick(now_s)
 
     def _on_HandedOver(self, source: str, handed: m.HandedOver, now_s: float) -> None:
@@ -128,6 +125,8 @@ class ControllerMoves(ControllerOpening):
                 live.adopt_by_s = None
                 self._go_on_at_source(live, now_s, "its move is no longer under way")
             return
+        if move.carried:
+            self._note_carried(live, move, handed, now_s)
         # Step 3. The target may have gone in the meantime; then the source goes on.
         if move.target not in self.workers:
             self._go_on_at_source(live, now_s, f"{move.target} is gone")
@@ -224,8 +223,8 @@ class ControllerMoves(ControllerOpening):
                 continue
             changed = True
             why = f"no answer within {self.move_deadline_s:g} s ({move.kind}, {move.phase})"
-            if move.phase is Phase.PREPARE:
-                self._stay(live, now_s, why)
+            if move.phase in (Phase.PREPARE, Phase.AHEAD):
+                self._give_up_before_the_stop(live, move, now_s, why)
             elif move.phase in (Phase.HANDOVER, Phase.SUSPEND):
                 self._go_on_at_source(live, now_s, why)
             else:

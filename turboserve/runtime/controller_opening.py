@@ -104,7 +104,9 @@ class ControllerOpening(ControllerStorage, ControllerView):
             return
         if move.kind is Kind.MIGRATE and move.source in self.workers and move.source != source:
             self._send_close(move.source, opened.session_id, move.source_epoch)
-        self._measure({Kind.MIGRATE: "migrate_s", Kind.RESUME: "resume_s"}.get(move.kind, ""), move, now_s)
+        far = move.kind is Kind.MIGRATE and self._node_of(move.source) not in ("", self._node_of(source))
+        measured = {Kind.MIGRATE: "migrate_cross_node_s" if far else "migrate_s", Kind.RESUME: "resume_s"}
+        self._measure(measured.get(move.kind, ""), move, now_s)
         self._arrived(live, source, opened, now_s)
         self._stop_if_empty(move.source)
         self._tick(now_s)
@@ -116,9 +118,15 @@ class ControllerOpening(ControllerStorage, ControllerView):
             self._store.set_move(opened.session_id, 0, "")
         if kind not in (None, Kind.PLACE):
             self.view.sessions.moved_s[live.row] = now_s
+        lies = self._where_it_lies(live, worker_id)
         if live.began and not opened.restored and kind in (Kind.RECOVER, Kind.RESUME, Kind.MIGRATE):
-            reason = "no recovery point could be used: its chunks are made again from the input log"
+            reason = f"no recovery point could be used{lies}: its chunks are made again from the input log"
             self._note(now_s, "replay", worker=worker_id, session=opened.session_id, reason=reason)
+        elif lies and opened.restored and kind in (Kind.RECOVER, Kind.RESUME):
+            reason = f"from an older point of its, at chunk {opened.next_index}{lies}"
+            self._note(now_s, "replay", worker=worker_id, session=opened.session_id, reason=reason)
+        self._lies_on(live, self.workers[worker_id].hello.node)
+        live.brings_failed = 0
         if live.record.strikes and opened.restored:
             live.strike_index = opened.next_index
         live.move, live.adopt_by_s, live.retry_at_s = None, None, None
@@ -220,9 +228,30 @@ class ControllerOpening(ControllerStorage, ControllerView):
     def _shelve_unwatched(self, live: Live) -> None:
         """Nobody has it and nobody watches it: its recovery point is where it waits."""
         record = live.record
-        if record.state is SessionState.RECOVERING and record.owner is None and not live.wanted:
+        if record.state is SessionState.RECOVERING and record.owner is None and not live.wanted and live.move is None:
             self._move(live, SessionState.HOST, "nobody watches it: it waits in host memory")
             self._tell_session(live)
+
+    # ------------------------------------------------------------------ where its newest point lies
+
+    def _node_of(self, worker_id: str) -> str:
+        """ "" for a worker that is not here."""
+        worker = self.workers.get(worker_id)
+        return worker.hello.node if worker is not None else ""
+
+    def _lies_on(self, live: Live, node: str) -> None:
+        """From now on the session's newest point is to be looked for there; durable, for the next controller."""
+        before, live.point_node = live.point_node or self.node, node
+        if before != node:
+            self._store.set_point(live.record.session_id, node)
+
+    def _where_it_lies(self, live: Live, worker_id: str) -> str:
+        """For a decision's reason: that its newest point is on another node than the worker's, if it is."""
+        node = live.point_node
+        if node in ("", self._node_of(worker_id)):
+            return ""
+        there = any(one.hello.node == node for one in self.workers.values()) or node == self.node
+        return f" (the newest lies on {node[:64]}, {'which did not send it' if there else 'which is gone'})"
 
     # ------------------------------------------------------------------ small things
 
@@ -269,5 +298,5 @@ class ControllerOpening(ControllerStorage, ControllerView):
 
     def _drop_prepared(self, live: Live) -> None:
         move = live.move
-        if move is not None and move.kind is Kind.MIGRATE and move.phase in (Phase.PREPARE, Phase.HANDOVER):
+        if move is not None and move.phase in (Phase.PREPARE, Phase.AHEAD, Phase.HANDOVER):
             self._send_drop(move.target, live.record.session_id, move.id)

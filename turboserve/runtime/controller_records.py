@@ -103,12 +103,15 @@ class Kind(StrEnum):
     MIGRATE = "migrate"
     SUSPEND = "suspend"
     ABORT = "abort"
+    KEEP = "keep"
+    """Only its point is brought to another node: nobody watches it, and the node where the point lies goes."""
 
 
 class Phase(StrEnum):
     """Whose answer a move waits for."""
 
     PREPARE = "prepare"  # the target's SessionPrepared
+    AHEAD = "ahead"  # to another node: the source's PointSent
     HANDOVER = "handover"  # the source's HandedOver
     SUSPEND = "suspend"  # the owner's SessionSuspended
     OPEN = "open"  # the owner's SessionOpened
@@ -128,6 +131,12 @@ class Move:
     source_epoch: int = 0
     reason: str = ""
     tier: str = "host"
+    carried: bool = False
+    """Its point goes from the source's node to the target's."""
+    address: str = ""
+    """Where the target awaits it."""
+    sent_bytes: int = 0
+    """Of the point, ahead of the stop."""
 
 
 @dataclass(slots=True)
@@ -170,6 +179,10 @@ class Live:
     next_index: int = 0
     due: Due | None = None
     """None while nobody wants chunks, and until the gateway has said."""
+    point_node: str = ""
+    """The node where its newest recovery point lies, or will; "" before it has had a worker."""
+    brings_failed: int = 0
+    """Times that its point could not be brought from the node where it lies."""
     point_bytes: int = 0
     disk_bytes: int = 0
     loading: bool = False

@@ -55,14 +55,15 @@ class ControllerRecovery(ControllerSuspects):
             move = live.move
             if move is None:
                 continue
-            if move.target == worker_id and move.kind is Kind.MIGRATE:
+            if move.phase in (Phase.PREPARE, Phase.AHEAD) and worker_id in (move.source, move.target):
+                self._give_up_before_the_stop(live, move, now_s, f"{worker_id} was lost")
+            elif move.target == worker_id and move.kind is Kind.MIGRATE:
                 # Not yet the owner, else it would have been among the held.
-                if move.phase is Phase.PREPARE:
-                    self._stay(live, now_s, f"{worker_id} was lost")
-                else:
-                    self._go_on_at_source(live, now_s, f"{worker_id} was lost")
+                self._go_on_at_source(live, now_s, f"{worker_id} was lost")
             elif move.source == worker_id:
                 move.source = ""  # the copy to fall back on is gone
+                if move.kind is Kind.MIGRATE:
+                    self._lies_on(live, self._node_of(move.target))  # it was handed over: the point is there
 
     def _recover(self, live: Live, now_s: float, why: str) -> None:
         """Nobody has it any more; whoever comes next begins at its newest recovery point."""
@@ -74,9 +75,15 @@ class ControllerRecovery(ControllerSuspects):
                 self._go_on_at_source(live, now_s, why)
                 return
             fits = self._fits(live, move.target)
-            if not fits:
-                self._drop_prepared(live)  # it was to go on there in other bits; nobody asked for that after a loss
-            if move.phase is not Phase.OPEN and fits:
+            # To another node, the target may have an older point than the node that the worker was of.
+            reachable = move.carried and (live.point_node == self.node or self._holder(live) is not None)
+            if not fits or reachable:
+                self._drop_prepared(
+                    live
+                )  # not fit: it was to go on in other bits, and nobody asked for that after a loss
+            if reachable:
+                self._store.set_move(record.session_id, 0, "")
+            elif move.phase is not Phase.OPEN and fits:
                 self._store.set_move(record.session_id, 0, "")
                 self._to_recovering(live, why)
                 # The slot that was prepared has most of its pages.
@@ -155,11 +162,13 @@ class ControllerRecovery(ControllerSuspects):
         moves: Mapping[str, tuple[int, str]] | None = None,
         on_disk: Mapping[str, int] | None = None,
         numerics: Mapping[str, tuple[str, int]] | None = None,
+        nodes: Mapping[str, str] | None = None,
     ) -> None:
         """The sessions of an earlier controller, as the directory has them. Call it before the first message.
 
         `moves`: session -> (move_id, target) of migrations that were under way; they are given up. `on_disk`: session
-        -> bytes of its recovery point there. `numerics`: session -> (numerics_id, approximate_from).
+        -> bytes of its recovery point there. `numerics`: session -> (numerics_id, approximate_from). `nodes`: session
+        -> the node where its newest point lies.
         """
         for session_id, (move_id, target) in (moves or {}).items():
             self.old_moves.setdefault(target, []).append((session_id, move_id))
@@ -168,6 +177,9 @@ class ControllerRecovery(ControllerSuspects):
             live = self._add(record, request, now_s)
             live.began = record.epoch > 1 or record.state not in (SessionState.QUEUED, SessionState.LOADING)
             live.numerics_id, live.approximate_from = (numerics or {}).get(record.session_id, ("", -1))
+            live.point_node = (nodes or {}).get(record.session_id, "") or (self.node if live.began else "")
+            if record.owner is None and record.session_id in (moves or {}):
+                self._store.set_move(record.session_id, 0, "")
             live.wanted = record.state in (SessionState.QUEUED, SessionState.RECOVERING)
             if record.state is SessionState.DISK:
                 live.disk_bytes = (on_disk or {}).get(record.session_id, 0)

@@ -53,7 +53,7 @@ class ControllerStorage(ControllerBooks):
         for session_id, live in self.sessions.items():
             if live.record.state is SessionState.DISK:
                 live.disk_bytes = found.disk_sessions.get(session_id, 0) if live.disk_bytes else 0
-            else:
+            elif self._at_home(live):  # else its worker says (PointsHeld)
                 live.point_bytes = sum(found.shares.get(session_id, {}).values())
         self.storage = found.totals
         self.changed = True
@@ -68,7 +68,17 @@ class ControllerStorage(ControllerBooks):
         points: list[eviction.StoredPoint] = []
         for session_id, share in found.shares.items():
             live = self.sessions.get(session_id)
-            if live is None or live.loading or live.wanted or live.move is not None:
+            if live is None or live.loading or live.move is not None:
+                continue
+            if not self._at_home(live):
+                # An older copy: where room is short it goes, as long as the node with the newest one is there.
+                short = any(4 * used[number] > 3 * found.partitions[number].total_bytes for number in share)
+                if short and any(one.hello.node == live.point_node for one in self.workers.values()):
+                    self._out.append(DropHost(session_id))
+                    for number, bytes_ in share.items():
+                        used[number] -= bytes_
+                continue
+            if live.wanted:
                 continue
             if live.record.state is SessionState.DISK:
                 # The arena's copy of what is on disk as well: gone by now, or left by whoever read it back in vain.
@@ -99,6 +109,13 @@ class ControllerStorage(ControllerBooks):
         """What it takes to make all chunks of a session again, on a worker that has nothing else to do."""
         return live.next_index * self.view.profile.batch_latency_s[0]
 
+    def _at_home(self, live: Live) -> bool:
+        """Whether its newest point lies on the server's node, so that this arena and this disk have it."""
+        return live.point_node in ("", self.node)
+
+    def _lies_on(self, live: Live, node: str) -> None:
+        raise NotImplementedError
+
     # ------------------------------------------------------------------ to disk
 
     def _spill(self, live: Live) -> None:
@@ -114,6 +131,7 @@ class ControllerStorage(ControllerBooks):
             again, live.spill_again = live.spill_again, False
             if disk_bytes:
                 live.disk_bytes = disk_bytes
+                self._lies_on(live, self.node)
                 self._move(live, SessionState.DISK, live.record.reason)
                 self.point_counts["spilled"] += 1
                 if not (live.wanted or self.stopping):  # else it is opened from the arena at once, or that ends too

@@ -17,9 +17,9 @@ from typing import Any
 from turboserve.errors import Conflict, CorruptState
 from turboserve.session import SessionRecord, SessionState
 
-SCHEMA_VERSION = 3
-"""2 added `request`, `move_id` and `move_target`, 3 `numerics_id` and `approximate_from` (November 2026); a file of an
-earlier version is brought up to it."""
+SCHEMA_VERSION = 4
+"""2 added `request`, `move_id` and `move_target`, 3 `numerics_id` and `approximate_from`, 4 `point_node` (November
+2026); a file of an earlier version is brought up to it."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -28,7 +28,8 @@ CREATE TABLE IF NOT EXISTS sessions (
     created_s REAL NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, steps INTEGER NOT NULL,
     state TEXT NOT NULL, epoch INTEGER NOT NULL, owner TEXT, reason TEXT NOT NULL, strikes INTEGER NOT NULL,
     request BLOB NOT NULL DEFAULT x'', move_id INTEGER NOT NULL DEFAULT 0, move_target TEXT NOT NULL DEFAULT '',
-    numerics_id TEXT NOT NULL DEFAULT '', approximate_from INTEGER NOT NULL DEFAULT -1
+    numerics_id TEXT NOT NULL DEFAULT '', approximate_from INTEGER NOT NULL DEFAULT -1,
+    point_node TEXT NOT NULL DEFAULT ''
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS wishes (number INTEGER PRIMARY KEY AUTOINCREMENT, op_id INTEGER NOT NULL UNIQUE,
     wishes TEXT NOT NULL);
@@ -41,6 +42,7 @@ _ADDED = (
     "ALTER TABLE sessions ADD COLUMN move_target TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE sessions ADD COLUMN numerics_id TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE sessions ADD COLUMN approximate_from INTEGER NOT NULL DEFAULT -1",
+    "ALTER TABLE sessions ADD COLUMN point_node TEXT NOT NULL DEFAULT ''",
 )
 _COLUMNS = "session_id, tenant, model, seed, created_s, width, height, steps, state, epoch, owner, reason, strikes"
 
@@ -49,7 +51,8 @@ _COLUMNS = "session_id, tenant, model, seed, created_s, width, height, steps, st
 class Stored:
     """A session as the directory has it: the record, what the gateway asked for (its message as msgpack bytes, empty
     in rows of version 1), the move that was under way (0 and "" for none), the numerics of the worker that had it last
-    ("" unknown), and the chunk from which on it goes on under others than it began with (-1: it does not)."""
+    ("" unknown), the chunk from which on it goes on under others than it began with (-1: it does not), and the node
+    where its newest recovery point lies ("" when it has had no worker, or in rows of versions before 4)."""
 
     record: SessionRecord
     request: bytes
@@ -57,6 +60,7 @@ class Stored:
     move_target: str
     numerics_id: str
     approximate_from: int
+    point_node: str = ""
 
 
 class Directory:
@@ -93,7 +97,7 @@ class Directory:
         found = self._db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
         if found is None:
             self._db.execute("INSERT INTO meta VALUES ('version', ?)", (str(SCHEMA_VERSION),))
-        elif found[0] in ("1", "2"):
+        elif found[0] in ("1", "2", "3"):
             with self._transaction():
                 have = {row[1] for row in self._db.execute("PRAGMA table_info(sessions)")}
                 for change in _ADDED:
@@ -173,6 +177,10 @@ class Directory:
             (numerics_id, approximate_from, session_id),
         )
 
+    def set_point(self, session_id: str, node: str) -> None:
+        """The node where the session's newest recovery point lies."""
+        self._db.execute("UPDATE sessions SET point_node = ? WHERE session_id = ?", (node, session_id))
+
     def forget(self, session_id: str) -> None:
         """Drop a session that ended."""
         self._db.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
@@ -185,10 +193,10 @@ class Directory:
     def stored(self) -> list[Stored]:
         """All sessions with what was asked for, oldest first."""
         rows = self._db.execute(
-            f"SELECT request, move_id, move_target, numerics_id, approximate_from, {_COLUMNS} FROM sessions"
+            f"SELECT request, move_id, move_target, numerics_id, approximate_from, point_node, {_COLUMNS} FROM sessions"
             " ORDER BY created_s, session_id"
         ).fetchall()
-        return [Stored(_record(row[5:]), *row[:5]) for row in rows]
+        return [Stored(_record(row[6:]), *row[:6]) for row in rows]
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)

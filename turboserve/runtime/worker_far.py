@@ -85,7 +85,10 @@ class WorkerFar(WorkerCredits):
             self._refuse_prepare(event.session_id, event.move_id, event.code, event.message)
 
     def _on_sent_ahead(self, event: PointSent | PointNotSent) -> None:
-        if isinstance(event, PointNotSent):
+        if isinstance(event, PointNotSent) and event.code == "not_found" and event.session_id in self.sessions:
+            # It has made no chunk yet: all of it goes with its last point.
+            self._tell(m.PointSent(session_id=event.session_id, move_id=event.move_id))
+        elif isinstance(event, PointNotSent):
             self._keep_point(event.session_id, event.move_id, event.code, event.message)
         else:
             sent = m.PointSent(session_id=event.session_id, move_id=event.move_id, sent_bytes=event.sent_bytes)

@@ -203,6 +203,7 @@ class Fleet:
             workers=options.workers,
             workers_max=options.workers_max,
             fleet_fd=fleet.fileno(),
+            node=socket.gethostname(),
             arena_fd=self._arena_fd,
             disk_bytes=options.disk_bytes,
             may_kill=_is_loopback(options.host) and not (options.api_key or options.api_key_file),

@@ -60,9 +60,7 @@ class Timed(Client):
 
 
 @contextlib.asynccontextmanager
-async def pair(
-    namespace: str, folder: Path, *options: str, failpoints: str = ""
-) -> AsyncIterator[tuple[Any, Any, str]]:
+async def pair(namespace: str, folder: Path, failpoints: str = "") -> AsyncIterator[tuple[Any, Any, str]]:
     """A server with one worker and one that joined it, ready: (server, the joined process, its id)."""
     with (
         start_server(folder, "--workers", "1", "--control-host", HERE) as server,

@@ -207,7 +207,8 @@ class SimController(Process):
 class Cluster:
     """Everything of one server. What it holds beyond processes (arena, directory, log) survives them."""
 
-    def __init__(self, world: World, workers: int) -> None:
+    def __init__(self, world: World, workers: int, joined: int = 0) -> None:
+        """`joined` more workers come from other nodes, each with an arena of its own."""
         self.world = world
         self.links = Links(world)
         self.oracle = Oracle()
@@ -233,9 +234,12 @@ class Cluster:
         self.gateway.connect = self._gateway_to_controller
         self.gateway.on_accept = self._accepted
         self.arena.on_commit = self._point
+        self.arena.elsewhere = self._elsewhere
         self.controller.start()
         for _ in range(workers):
             self.add_worker()
+        for number in range(joined):
+            self.add_worker(f"j{number}")
         self.gateway.start()
 
     def add_worker(self, name: str = "") -> SimWorker:
@@ -246,6 +250,9 @@ class Cluster:
         worker.connect = self._worker_to
         worker.on_exit = self._exited
         worker.on_emit = self._emitted
+        worker.peer_at = self._peer_at
+        if name[0] == "j":
+            worker.new_arena = self._new_arena
         self.workers[name] = worker
         self.world.at(0.2, lambda: self._start(worker))
         return worker
@@ -254,6 +261,25 @@ class Cluster:
         if not worker.alive and worker.name not in self.gone:
             worker.start()
             self._tell(worker.name, "started")
+
+    # ------------------------------------------------------------------ nodes
+
+    def _new_arena(self, worker: SimWorker) -> Arena:
+        arena = Arena(self.world, capacity=64, disk_capacity=0)
+        arena.on_commit = self._point
+        return arena
+
+    def _elsewhere(self, sid: str) -> bool:
+        """The directory says that the newest point lies on another node: what the server's has is old, and may go."""
+        row = self.directory.rows.get(sid)
+        return row is not None and row.point_node not in ("", HOME)
+
+    def _peer_at(self, worker: SimWorker, address: str) -> SimWorker | None:
+        for peer in self.workers.values():
+            if address == f"{peer.name}-{peer.life}:1" and peer.alive and not peer.paused:
+                blocked = self.links.blocked_s(worker.name, peer.name) or self.links.blocked_s(peer.name, worker.name)
+                return None if blocked else peer
+        return None
 
     # ------------------------------------------------------------------ wiring
 

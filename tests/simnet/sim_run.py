@@ -71,11 +71,13 @@ class Schedule:
             "jitter_s": rng.choice([0.02, 0.1, 0.4]),
             "write_through": rng.random() < 0.8,
         }
+        # Of a generator of its own, so that what is drawn here changes no other draw.
+        self.options["joined"] = random.Random(seed ^ 0x6E6F6465).choice([0, 0, 1, 2])
         self.weights = [rng.choice([0.0, 0.3, 1.0, 1.0, 4.0]) for _ in FAULTS]
         self.deed_weights = [rng.choice([0.0, 0.5, 1.0, 3.0]) for _ in DEEDS]
         self.faults: Counter[str] = Counter()
         self.viewers: list[SimViewer] = []
-        self.cluster = Cluster(world, self.options["workers"])
+        self.cluster = Cluster(world, self.options["workers"], self.options["joined"])
         self.cluster.links.jitter = self.options["jitter"]
         self.cluster.links.jitter_s = self.options["jitter_s"]
         for worker in self.cluster.workers.values():
@@ -219,6 +221,9 @@ class Schedule:
         a, b = rng.choice(
             [(rng.choice(names), "controller"), (rng.choice(names), "gateway"), ("gateway", "controller")]
         )
+        joined = [name for name in names if name[0] == "j"]
+        if joined and rng.random() < 0.3:
+            a, b = rng.choice(joined), rng.choice([name for name in names if name[0] != "j"] or ["gateway"])
         seconds = rng.uniform(0.1, 4.0)
         self.cluster.links.block(a, b, seconds)
         if rng.random() < 0.6:
@@ -410,6 +415,9 @@ class Schedule:
             raise Violation("I6 the directory lists a session after the last close", list(cluster.directory.rows))
         if cluster.arena.points or cluster.arena.disk:
             raise Violation("I6 the arena holds a point after the last close", list(cluster.arena.points))
+        for name, worker in cluster.workers.items():
+            if worker.alive and worker.arena.points:
+                raise Violation(f"I6 the arena of {name} holds a point after the last close", list(worker.arena.points))
         for viewer in self.viewers:
             if not viewer.ended and viewer.attached:
                 raise Violation("I8 a viewer was not told that its session ended")

@@ -16,6 +16,7 @@ from turboserve.errors import ArenaFull
 from turboserve.geometry import SlotGeometry
 from turboserve.model.interface import ChunkRequest, ModelSpec
 from turboserve.runtime import messages as m
+from turboserve.runtime import worker_books as b
 from turboserve.runtime import worker_events as e
 from turboserve.runtime.worker_books import CONTROLLER, GATEWAY, Action, Beat, Drop, Emit, Send, Stop
 from turboserve.runtime.worker_events import KEPT_CHUNKS
@@ -24,6 +25,9 @@ from turboserve.runtime.worker_logic import WorkerLogic
 NO_EPOCH = -1
 SIZE = 4
 CHUNK_S = 0.4
+KEEP_S = 8.0
+"""Longer than a move between nodes may take: two of the controller's deadlines."""
+TOLD_S = 2.0
 SPEC = ModelSpec(
     name="toy",
     model_hash="toy",
@@ -253,6 +257,13 @@ class SimWorker(Process):
         self._outgoing: deque[Emit] = deque()
         self._pumping = False
         self.heard_s = self.lease_heard_s = 0.0
+        self.node = "node"
+        self.new_arena: Callable[[SimWorker], Arena] | None = None
+        """Of a worker that joined: every life of it is a node of its own, with an arena that ends with it."""
+        self.peer_at: Callable[[SimWorker, str], SimWorker | None] = lambda worker, address: None
+        """The worker that awaits points at an address, if it is there and can be reached."""
+        self.awaited: dict[str, int] = {}
+        self._sending: dict[str, b.SendPoint] = {}
 
     def start(self) -> None:
         self.born()
@@ -260,11 +271,16 @@ class SimWorker(Process):
         self._channels.clear()
         self._outgoing.clear()
         self._pumping = False
+        self.awaited = {}
+        self._sending = {}
+        if self.new_arena is not None:
+            self.node = f"{self.name}-{self.life}"
+            self.arena = self.new_arena(self)
         hello = m.WorkerHello(
             worker_id=self.name,
             worker_epoch=self.life,
             pid=self.life,
-            node="node",
+            node=self.node,
             model="toy",
             model_hash="toy",
             numerics_id="n",
@@ -274,9 +290,12 @@ class SimWorker(Process):
             capacity=self.slots,
             session_bytes=POINT_BYTES,
             ring_fd=3,
+            arena_bytes=POINT_BYTES * self.arena.capacity,
+            own_arena=self.new_arena is not None,
         )
         self.engine = ToyEngine(self, self.slots)
-        self.logic = WorkerLogic(hello, SPEC, heartbeat_s=self.heartbeat_s, leave_timeout_s=4.0, prepared_keep_s=4.0)
+        self.logic = WorkerLogic(hello, SPEC, heartbeat_s=self.heartbeat_s, leave_timeout_s=4.0, prepared_keep_s=KEEP_S)
+        self.logic.points_told_s = TOLD_S
         self.apply(self.logic._flush())
         for to in (CONTROLLER, GATEWAY):
             self._reconnect(to)
@@ -345,8 +364,55 @@ class SimWorker(Process):
                     raise Violation(f"worker drops {action.to}: {action.reason}")
                 case Stop():
                     self._exit(action)
+                case b.AwaitPoint() | b.RefusePoint() | b.SendPoint() | b.ForgetPoint() | b.TellPoints():
+                    self._about_points(action)
                 case _:
                     self.engine.command(action)
+
+    def _about_points(self, action: b.PointAction) -> None:
+        """As runtime/point_links.py does."""
+        match action:
+            case b.AwaitPoint():
+                self.awaited[action.session_id] = action.move_id
+                awaited = b.PointAwaited(action.session_id, action.move_id, f"{self.name}-{self.life}:1")
+                self.later(0.002, lambda: self.apply(self.logic.on_point(awaited, self.world.now_s)))
+            case b.RefusePoint():
+                self.awaited.pop(action.session_id, None)
+            case b.SendPoint():
+                if self._sending.get(action.session_id) != action:
+                    self._sending[action.session_id] = action
+                    self.later(0.005 + self.world.rng.random() * 0.15, lambda: self._deliver(action))
+            case b.ForgetPoint():
+                self.arena.drop(action.session_id)
+            case b.TellPoints():
+                if channel := self._channels.get(CONTROLLER):
+                    sessions = dict.fromkeys(self.arena.points, POINT_BYTES)
+                    channel.send(self, m.PointsHeld(worker_id=self.name, worker_epoch=self.life, sessions=sessions))
+
+    def _deliver(self, action: b.SendPoint) -> None:
+        """All of the point at once, which a receiver commits or has nothing of; whether the sender hears of it is
+        another matter."""
+        sid = action.session_id
+        if self._sending.get(sid) is not action:
+            return
+        point, peer, rng = self.arena.latest(sid), self.peer_at(self, action.address), self.world.rng
+        whole = point is not None and peer is not None and peer.awaited.get(sid) == action.move_id
+        arrived = whole and rng.random() >= 0.1 and peer.arena.put(sid, point)
+        heard = arrived and rng.random() >= 0.05
+        if arrived:
+            self.world.cover("a point went to another node ahead" if action.ahead else "a point went to another node")
+        if heard:
+            event: b.PointEvent = b.PointSent(sid, action.move_id, action.ahead, POINT_BYTES)
+        else:
+            code = "not_found" if point is None else "worker_failed"
+            event = b.PointNotSent(sid, action.move_id, action.ahead, code, "cut off")
+
+        def say() -> None:
+            if self._sending.get(sid) is action:
+                del self._sending[sid]
+                self.apply(self.logic.on_point(event, self.world.now_s))
+
+        self.later(0.002 if heard else 0.002 + rng.random() * 2.0, say)
 
     def _beat(self) -> None:
         if channel := self._channels.get(CONTROLLER):

@@ -63,6 +63,7 @@ def schedules(first: int, count: int, jobs: int) -> dict[str, Any]:
         "fault_count": sum(faults.values()),
         "events": events,
         "chunks_checked": chunks,
+        "points_between_nodes": {name: n for name, n in sorted(coverage.items()) if name.startswith("a point went")},
         "transitions": dict(sorted((name, n) for name, n in coverage.items() if " -> " in name)),
         "fault_state_pairs": dict(sorted((name, n) for name, n in coverage.items() if " x " in name)),
         "not_reached": missing(coverage, count),

@@ -78,9 +78,8 @@ class ControllerRecovery(ControllerSuspects):
             # To another node, the target may have an older point than the node that the worker was of.
             reachable = move.carried and (live.point_node == self.node or self._holder(live) is not None)
             if not fits or reachable:
-                self._drop_prepared(
-                    live
-                )  # not fit: it was to go on in other bits, and nobody asked for that after a loss
+                # Not fit: it was to go on there in other bits; nobody asked for that after a loss.
+                self._drop_prepared(live)
             if reachable:
                 self._store.set_move(record.session_id, 0, "")
             elif move.phase is not Phase.OPEN and fits:

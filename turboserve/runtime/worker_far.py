@@ -37,6 +37,8 @@ POINTS_TOLD_S = 10.0
 class WorkerFar(WorkerCredits):
     """Points that leave for another node and that come from one."""
 
+    points_told_s = POINTS_TOLD_S
+
     def __init__(self, hello: m.WorkerHello, spec: ModelSpec) -> None:
         super().__init__(hello, spec)
         self._points_due_s = float("inf")
@@ -129,7 +131,7 @@ class WorkerFar(WorkerCredits):
     def _tell_points(self, now_s: float) -> None:
         """A worker of the server's node has no arena of its own: the controller looks into that one itself."""
         if self.hello.own_arena and now_s >= self._points_due_s:
-            self._points_due_s = now_s + POINTS_TOLD_S
+            self._points_due_s = now_s + self.points_told_s
             self._out.append(TellPoints())
 
     # ------------------------------------------------------------------ `worker_moves.py`

@@ -44,7 +44,6 @@ from turboserve.runtime.worker_books import (
     open_command,
 )
 from turboserve.runtime.worker_ending import WorkerEnding
-from turboserve.runtime.worker_far import POINTS_TOLD_S
 from turboserve.runtime.worker_moves import PREPARED_KEEP_S, handlers
 
 
@@ -89,7 +88,7 @@ class WorkerLogic(WorkerEnding):
                     self._tell(session.broken)
             for session_id, known in self.prepared.items():
                 self._tell_prepared(session_id, known)
-            self._points_due_s = now_s + POINTS_TOLD_S
+            self._points_due_s = now_s + self.points_told_s
             if self._leave_by_s is not None:
                 self._tell_leaving()
         else:

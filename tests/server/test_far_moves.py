@@ -71,7 +71,7 @@ async def pair(namespace: str, folder: Path, failpoints: str = "") -> AsyncItera
             found = await workers(server)
             return [one for one in found if one[0] == "j" and found[one]["state"] == "ready"]
 
-        [name] = await until(ready, "the joined worker was not ready")
+        [name] = await until(ready, "the joined worker was not ready", 180)
         yield server, process, name
 
 

@@ -18,16 +18,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
 from turboserve.errors import CorruptState, InvalidRequest, NotFound
 from turboserve.model.interface import Control, Field, SessionTensors, Update
 from turboserve.runtime.arena import ExtentId
 from turboserve.runtime.failpoints import failpoint
+from turboserve.runtime.point_meta import KeptChunk, PointIdentity, PointMeta, finished_chunk, shape4
 from turboserve.runtime.recovery_store import PageRef, RecoveryPoint, RecoveryStore
 from turboserve.runtime.session_tensors import HeldSession
 from turboserve.runtime.snapshot import SnapshotShape, field_pieces, view_addresses
@@ -38,37 +37,6 @@ log = logging.getLogger(__name__)
 
 READ_ATTEMPTS = 3
 _PAGE, _PROMPT, _FRAMES = "page", "prompt", "frames"
-
-
-@dataclass(frozen=True, slots=True)
-class PointIdentity:
-    """Points are read only by workers that would have made the same bits."""
-
-    model_hash: str
-    layout_hash: str
-    numerics_id: str
-
-
-class _KeptChunk(msgspec.Struct, array_like=True, frozen=True):
-    chunk_index: int
-    shape: tuple[int, int, int, int]
-    digest: str
-    digest_prev: str
-    steps: int
-    prompt_version: int
-
-
-class _Meta(msgspec.Struct, frozen=True):
-    """What a point says besides its bytes. `control` is (prompt, version), `decoder` what its tail is made for."""
-
-    model_hash: str
-    layout_hash: str
-    numerics_id: str
-    seed: int
-    control: tuple[str, int] | None
-    scalars: dict[str, Any]
-    chunks: list[_KeptChunk]
-    decoder: str = ""
 
 
 @dataclass(slots=True)
@@ -212,10 +180,10 @@ class SessionPoints:
     def _meta(self, session: HeldSession) -> bytes:
         state = session.state
         chunks = [
-            _KeptChunk(one.chunk_index, _shape4(one.frames), one.digest, one.digest_prev, one.steps, one.prompt_version)
+            KeptChunk(one.chunk_index, shape4(one.frames), one.digest, one.digest_prev, one.steps, one.prompt_version)
             for one in session.kept
         ]
-        meta = _Meta(
+        meta = PointMeta(
             model_hash=self._identity.model_hash,
             layout_hash=self._identity.layout_hash,
             numerics_id=self._identity.numerics_id,
@@ -279,9 +247,9 @@ class SessionPoints:
                 loaded = {}  # what was read ahead may lie under pages of this attempt
         return None
 
-    def _fitting(self, state: SessionTensors, point: RecoveryPoint, any_numerics: bool) -> _Meta | None:
+    def _fitting(self, state: SessionTensors, point: RecoveryPoint, any_numerics: bool) -> PointMeta | None:
         try:
-            meta = msgspec.msgpack.decode(point.meta, type=_Meta)
+            meta = msgspec.msgpack.decode(point.meta, type=PointMeta)
         except msgspec.MsgspecError as error:
             log.warning("recovery point of %s does not say what it is: %s", point.session, error)
             return None
@@ -302,7 +270,7 @@ class SessionPoints:
         return meta
 
     def _read(
-        self, state: SessionTensors, point: RecoveryPoint, meta: _Meta, loaded: Mapping[int, ExtentId]
+        self, state: SessionTensors, point: RecoveryPoint, meta: PointMeta, loaded: Mapping[int, ExtentId]
     ) -> Restored:
         written = _Written(point=point)
         frames: dict[int, bytes] = {}
@@ -326,7 +294,7 @@ class SessionPoints:
         state.scalars = dict(meta.scalars)
         written.prompt_writes = state.prompt_writes
         self._written[state.session_id] = written
-        chunks = tuple(_chunk(state.session_id, one, frames[one.chunk_index]) for one in meta.chunks)
+        chunks = tuple(finished_chunk(state.session_id, one, frames[one.chunk_index]) for one in meta.chunks)
         return Restored(point.digest.hex(), chunks)
 
     def _bytes(self, ref: PageRef) -> bytes:
@@ -351,26 +319,3 @@ class SessionPoints:
             self._copies.to_device(view_addresses(views), pieces)
         except InvalidRequest as error:
             raise CorruptState(f"a recovery point of another size: {error}") from None
-
-
-def _shape4(frames: np.ndarray) -> tuple[int, int, int, int]:
-    count, height, width, channels = frames.shape
-    return count, height, width, channels
-
-
-def _chunk(session_id: str, kept: _KeptChunk, data: bytes) -> FinishedChunk:
-    """A chunk as its first maker finished it; its durations were reported then."""
-    frames = np.frombuffer(data, np.uint8).reshape(kept.shape)
-    return FinishedChunk(
-        session_id=session_id,
-        chunk_index=kept.chunk_index,
-        frames=frames,
-        digest=kept.digest,
-        digest_prev=kept.digest_prev,
-        steps=kept.steps,
-        prompt_version=kept.prompt_version,
-        wait_s=0.0,
-        denoise_s=0.0,
-        decode_s=0.0,
-        batch_size=1.0,
-    )

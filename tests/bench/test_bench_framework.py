@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from turboserve.bench import frame_parts as frame_parts_bench
 from turboserve.bench import frame_ring as frame_ring_bench
 from turboserve.bench import report, timing
 from turboserve.cli import bench as cli_bench
@@ -82,6 +83,18 @@ def test_frame_ring_bench_end_to_end(tmp_path, monkeypatch):
     assert {"frame-ring/between-processes/Python twin", "frame-ring/push-pop/Python twin"} <= cases
     assert all(one["max_rel_err"] == 0.0 and one["checked"] for one in saved["rows"])
     assert "against" in result.stderr
+
+
+def test_frame_parts_bench_counts_what_crosses(tmp_path, monkeypatch):
+    monkeypatch.setattr(frame_parts_bench, "SHAPES", [(4, 96, 96)])
+    out = tmp_path / "rows.json"
+    result = CliRunner().invoke(main, ["bench", "frame-parts", "--rounds", "3", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [one["case"] for one in rows] == ["frame-parts/h264", "frame-parts/jpeg", "frame-parts/mp4"]
+    for row in rows:
+        crossed, raw = (int(word) for word in row["shape"].split() if word.isdigit())
+        assert raw > 4 * 96 * 96 * 3 > 6 * crossed
 
 
 def test_scheduler_loops_bench_holds_the_twins_equal(tmp_path):

@@ -11,6 +11,7 @@ from turboserve.errors import CorruptState, ProtocolError
 from turboserve.runtime import messages as m
 from turboserve.runtime.frame_parts import UNSENT_BYTES_MAX, PartAssembler, PartSender
 from turboserve.runtime.frame_ring import FrameHeader
+from turboserve.video.encoded import Encoded, encoded_bytes_max
 
 SID = "b" * 26
 
@@ -48,37 +49,61 @@ def chunk(index, frames=2, height=700, width=900):
     return header, pixels
 
 
-def ready(header):
-    return m.ChunkReady(
-        session_id=SID,
-        epoch=1,
-        chunk_index=header.chunk_index,
-        digest=header.digest.hex(),
-        digest_prev="",
-        frames=header.frames,
-        steps=4,
-        prompt_version=1,
-    )
+def ready(header, **changes):
+    fields = {
+        "session_id": SID,
+        "epoch": 1,
+        "chunk_index": header.chunk_index,
+        "digest": header.digest.hex(),
+        "digest_prev": "",
+        "frames": header.frames,
+        "steps": 4,
+        "prompt_version": 1,
+    }
+    return m.ChunkReady(**(fields | changes))
 
 
-def send_all(sender, peer, header, pixels):
-    while not sender.push(header, pixels):
+def raw(pixels):
+    return Encoded("raw", pixels.tobytes())
+
+
+def send_all(sender, peer, header, chunk):
+    chunk = chunk if isinstance(chunk, Encoded) else raw(chunk)
+    while not sender.push(header, chunk):
         peer.unsent_bytes = 0
+
+
+def part(**changes):
+    """The first part of a chunk of two frames of 4x4 as h264, 1000 bytes in all."""
+    fields = {
+        "session_id": SID,
+        "epoch": 1,
+        "chunk_index": 0,
+        "offset": 0,
+        "frames": 2,
+        "height": 4,
+        "width": 4,
+        "format": "h264",
+        "total_bytes": 1000,
+        "data": bytes(600),
+    }
+    return m.FramePart(**(fields | changes))
 
 
 def test_a_chunk_arrives_whole_and_a_slow_link_holds_it_back():
     peer = Peer()
     sender, parts = PartSender(lambda: peer), PartAssembler(16 << 20)
     header, pixels = chunk(0, frames=4)
-    assert not sender.push(header, pixels)  # 7.6 MB: more than may wait
+    sending = raw(pixels)
+    assert not sender.push(header, sending)  # 7.6 MB: more than may wait
     assert UNSENT_BYTES_MAX < peer.unsent_bytes <= UNSENT_BYTES_MAX + m.PART_BYTES
-    send_all(sender, peer, header, pixels)
-    for part in peer.sent:
-        parts.take(part)
-    assert np.array_equal(parts.frames(ready(header)), pixels)
+    send_all(sender, peer, header, sending)
+    for one in peer.sent:
+        parts.take(one)
+    assert np.array_equal(parts.chunk(ready(header)), pixels)
     assert parts.held_bytes == 0
     with pytest.raises(CorruptState):
-        parts.frames(ready(header))
+        parts.chunk(ready(header))
 
 
 def test_a_new_channel_gets_the_whole_chunk_again():
@@ -86,11 +111,12 @@ def test_a_new_channel_gets_the_whole_chunk_again():
     now = [first]
     sender = PartSender(lambda: now[0])
     header, pixels = chunk(0, frames=4)
-    assert not sender.push(header, pixels)
+    sending = raw(pixels)
+    assert not sender.push(header, sending)
     now[0] = None
-    assert not sender.push(header, pixels)
+    assert not sender.push(header, sending)
     now[0] = second
-    send_all(sender, second, header, pixels)
+    send_all(sender, second, header, sending)
     assert sum(len(one.data) for one in second.sent) == pixels.nbytes
 
 
@@ -99,10 +125,10 @@ def test_what_is_missing_changed_or_too_much_is_not_taken():
     header, pixels = chunk(0)
     send_all(PartSender(lambda: peer), peer, header, pixels)
     parts = PartAssembler(pixels.nbytes)
-    for part in peer.sent[:-1]:
-        parts.take(part)
+    for one in peer.sent[:-1]:
+        parts.take(one)
     with pytest.raises(CorruptState):
-        parts.frames(ready(header))
+        parts.chunk(ready(header))
     with pytest.raises(ProtocolError):
         parts.take(peer.sent[1])  # a part that was there
     other = PartAssembler(pixels.nbytes - 1)
@@ -112,10 +138,10 @@ def test_what_is_missing_changed_or_too_much_is_not_taken():
     wrong[1, 2, 3, 0] ^= 1
     peer.sent.clear()
     send_all(PartSender(lambda: peer), peer, header, wrong)
-    for part in peer.sent:
-        parts.take(part)
+    for one in peer.sent:
+        parts.take(one)
     with pytest.raises(CorruptState, match="digest"):
-        parts.frames(ready(header))
+        parts.chunk(ready(header))
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=30))
@@ -133,7 +159,79 @@ def test_any_order_of_parts_is_taken_or_refused_and_memory_stays_bounded(order):
             if which < len(by_chunk[index]):
                 parts.take(by_chunk[index][which])
             else:
-                assert np.array_equal(parts.frames(ready(headers[index][0])), headers[index][1])
+                assert np.array_equal(parts.chunk(ready(headers[index][0])), headers[index][1])
         except (ProtocolError, CorruptState):
             pass
         assert parts.held_bytes <= headers[0][1].nbytes
+
+
+def test_an_encoded_chunk_arrives_as_it_left():
+    peer, parts = Peer(), PartAssembler(16 << 20)
+    header, _ = chunk(3)
+    data = np.random.default_rng(0).bytes(m.PART_BYTES + 1)
+    send_all(PartSender(lambda: peer), peer, header, Encoded("h264", data))
+    assert [len(one.data) for one in peer.sent] == [m.PART_BYTES, 1]
+    for one in peer.sent:
+        parts.take(one)
+    assert parts.chunk(ready(header, format="h264")) == data
+    assert parts.held_bytes == 0
+
+
+def test_the_same_chunk_in_another_format_begins_anew():
+    """What was sent of the first is not the beginning of the second."""
+    peer, parts = Peer(), PartAssembler(16 << 20)
+    sender = PartSender(lambda: peer)
+    header, pixels = chunk(0, frames=4)
+    assert not sender.push(header, raw(pixels))
+    peer.unsent_bytes = 0
+    send_all(sender, peer, header, Encoded("jpeg", b"j" * 700_000))
+    for one in peer.sent:
+        parts.take(one)
+    assert parts.chunk(ready(header, format="jpeg")) == b"j" * 700_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"total_bytes": 599}, "from 0 on"),  # more than was announced
+        ({"total_bytes": encoded_bytes_max("h264", 2, 4, 4) + 1}, "as h264"),
+        ({"format": "raw"}, "as raw"),  # frames are as long as their shape says, not longer
+        ({"format": "raw", "total_bytes": 95, "data": bytes(95)}, "as raw"),
+        ({"frames": 4096, "height": 16384, "width": 16384}, "of frames"),
+        ({"offset": 600}, "from 0 on"),
+    ],
+)
+def test_a_first_part_that_cannot_be_is_refused(changes, said):
+    parts = PartAssembler(1 << 20)
+    with pytest.raises(ProtocolError, match=said):
+        parts.take(part(**changes))
+    assert parts.held_bytes <= 1000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"format": "jpeg"}, {"total_bytes": 1001}, {"frames": 3}, {"chunk_index": 1}, {"offset": 599}, {"offset": 601}],
+    ids=str,
+)
+def test_parts_of_different_chunks_do_not_mix(changes):
+    parts = PartAssembler(1 << 20)
+    parts.take(part())
+    with pytest.raises(ProtocolError):
+        parts.take(part(**{"offset": 600, "data": bytes(400)} | changes))
+    parts.take(part(offset=600, data=bytes(400)))  # the right one is still taken
+
+
+def test_a_chunk_must_be_announced_as_what_came():
+    header, _ = chunk(0)
+    for changes in ({"format": "mp4"}, {"format": "raw"}, {"format": "h264", "frames": 1}):
+        parts = PartAssembler(16 << 20)
+        parts.take(part(data=bytes(1000)))
+        with pytest.raises(ProtocolError, match="announced as"):
+            parts.chunk(ready(header, **changes))
+
+
+def test_an_unknown_format_is_no_message():
+    good = m.encode(part())
+    assert b"h264" in good
+    with pytest.raises(ProtocolError, match="format"):
+        m.decode(good.replace(b"h264", b"h266"))

@@ -18,6 +18,7 @@ FAULTS = (
     *("kill_worker", "kill_gateway", "kill_controller", "crash_directory", "stop_worker", "stop_controller"),
     *("cut", "partition", "arena_full"),
 )
+FORMATS = ("encoded chunk", "chunk in another format")
 STATES = ("loading", "running", "stalled", "offloading", "host", "resuming", "precopy", "handover", "recovering")
 BRIEF = ("offloading", "resuming")
 """A few milliseconds long: half as often is asked of them."""
@@ -29,7 +30,7 @@ def missing(coverage: Counter[str], schedules: int, per_ten_thousand: int = 100)
     if schedules < 1000:
         return []
     least = max(1, per_ten_thousand * schedules // TEN_THOUSAND)
-    wanted = dict.fromkeys(MOVES, least)
+    wanted = dict.fromkeys((*MOVES, *FORMATS), least)
     for fault in FAULTS:
         wanted |= {f"{fault} x {state}": least // 2 if state in BRIEF else least for state in STATES}
     return [f"{name}: {coverage[name]} of {count}" for name, count in wanted.items() if coverage[name] < count]

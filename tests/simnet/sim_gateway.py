@@ -32,6 +32,8 @@ LIMITS = Limits(attach_grace_s=25.0, slow_close_s=6.0, queue_length=64)
 QUOTAS = Quotas(sessions=1000, creates_per_min=1_000_000, attaches_per_min=1_000_000, session_s=10_000.0)
 FAILURES = frozenset({"session_poisoned", "x"})
 """What a session may fail for: it broke twice, or workers died with it."""
+SESSION_FORMAT = "mp4"
+FORMATS = ("h264", "raw", None, "jpeg", "h264")
 SHAPE = StreamShape("toy", "toy", 4, 4, 10.0, 4, 4)
 CLOCK = StreamClock(0.4, 0.4)
 
@@ -120,9 +122,12 @@ class SimGateway(Process):
     def _chunk(self, worker: str, ready: m.ChunkReady, frames: bytes) -> None:
         session = self.logic.sessions.get(ready.session_id)
         before = session.next_index if session is not None else -1
+        misfit = session._misfit() if session is not None else None
         effects = self.logic.chunk(ready, frames, self.world.now_s)
         if session is not None and session.next_index == before + 1:
             self.on_accept(ready.session_id, session.epoch, worker)
+        if session is not None and misfit == ready.chunk_index and session._misfit() != misfit:
+            self.world.cover("chunk in another format")
         self.apply(effects)
 
     # ------------------------------------------------------------------ viewers and operators
@@ -226,6 +231,7 @@ class SimViewer:
         self._life = 0
         self._events = 0
         self._attach_at = 0
+        self._format: str | None = None
 
     # ------------------------------------------------------------------ connecting
 
@@ -241,13 +247,16 @@ class SimViewer:
         self._life += 1
         life = self._life
         self._attach_at = self.next_index
+        # Another format now and then; not drawn, so that everything else of a schedule stays what it was.
+        self._format = FORMATS[(life + ord(self.sid[0])) % len(FORMATS)]
+        format = self._format
         token = self.token
 
         def attach() -> None:
             if self._life == life:
                 self.gateway.act(
                     lambda logic, now_s: logic.attach(
-                        connection, self.sid, token, self._attach_at, None, self.pace, now_s
+                        connection, self.sid, token, self._attach_at, format, self.pace, now_s
                     )
                 )
 
@@ -348,6 +357,10 @@ class SimViewer:
                 raise Violation("I7 a chunk after the end")
             if chunk.index != self.next_index:
                 raise Violation(f"I2 chunk {chunk.index} comes, {self.next_index} is next")
+            if chunk.format not in ("raw", self._format or SESSION_FORMAT):
+                raise Violation(f"I2 chunk {chunk.index} comes as {chunk.format} to a viewer of {self._format}")
+            if chunk.format != "raw":
+                self.world.cover("encoded chunk")
             digest = self.oracle.sessions[self.sid].digest(chunk.index)
             if chunk.digest != digest or self.got.setdefault(chunk.index, digest) != digest:
                 raise Violation(f"I3 chunk {chunk.index} is not that of the undisturbed run")

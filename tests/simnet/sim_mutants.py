@@ -36,7 +36,7 @@ from turboserve.server.operations import Operations
 from turboserve.server.outbox import Outbox
 from turboserve.server.prompt_line import PromptLine
 from turboserve.server.session_credits import SessionCredits
-from turboserve.server.session_stream import SessionStream
+from turboserve.server.session_stream import SessionStream, StoredChunk
 
 Mutant = Callable[[], contextlib.AbstractContextManager[None]]
 MUTANTS: dict[str, Mutant] = {}
@@ -89,8 +89,8 @@ def log_answers_before_it_is_on_disk(right: Any, self: Any, record: Any, then: A
 
 
 @mutant(SessionCredits, "chunk")
-def gateway_does_not_fence_epochs(right: Any, self: Any, message: Any, pixels: Any, now_s: float) -> Any:
-    return right(self, msgspec.structs.replace(message, epoch=self.epoch), pixels, now_s)
+def gateway_does_not_fence_epochs(right: Any, self: Any, message: Any, data: Any, now_s: float) -> Any:
+    return right(self, msgspec.structs.replace(message, epoch=self.epoch), data, now_s)
 
 
 @mutant(PromptLine, "at")
@@ -113,10 +113,8 @@ def restarted_gateway_forgets_prompts_that_wait(right: Any, self: Any) -> list[A
 
 
 @mutant(SessionCredits, "_accept")
-def frontier_is_what_was_sent_not_what_was_acked(
-    right: Any, self: Any, message: Any, pixels: Any, now_s: float
-) -> None:
-    right(self, message, pixels, now_s)
+def frontier_is_what_was_sent_not_what_was_acked(right: Any, self: Any, *args: Any) -> None:
+    right(self, *args)
     self.outbox.append(Frontier(sid=self.sid, delivered=self.next_index, digest=self.digest))
 
 
@@ -155,7 +153,22 @@ def viewer_gets_the_ring_from_its_beginning(right: Any, self: Any, connection: i
     right(self, connection, token, now_s)
 
 
+@mutant(SessionCredits, "_next_credit")
+def chunk_in_another_format_is_not_asked_for(right: Any, self: Any) -> int | None:
+    return self.sent if self.sent < self.durable else None
+
+
+@mutant(StoredChunk, "fits")
+def chunk_in_another_format_is_delivered(right: Any, self: Any, format: str) -> bool:
+    return True
+
+
 # ---------------------------------------------------------------- worker
+
+
+@mutant(WorkerCredits, "_credit_again")
+def chunk_is_sent_again_in_its_old_format(right: Any, self: Any, credit: Any, session: Any, now_s: float) -> None:
+    right(self, msgspec.structs.replace(credit, format=session.format), session, now_s)
 
 
 @mutant(WorkerCredits, "may_emit")

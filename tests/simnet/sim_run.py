@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sim_cluster import Cluster
-from sim_gateway import CLOCK, SHAPE, SimViewer, bounded
+from sim_gateway import CLOCK, SESSION_FORMAT, SHAPE, SimViewer, bounded
 from sim_worker import SimWorker
 from sim_world import Violation, World
 
@@ -129,7 +129,7 @@ class Schedule:
             clock=CLOCK,
             seed=rng.randrange(1 << 30),
             steps=4,
-            format="raw",
+            format=SESSION_FORMAT,
             prompt="p0",
         )
         pace = Pace.FREE if rng.random() < 0.2 else Pace.LIVE

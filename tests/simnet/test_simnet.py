@@ -23,6 +23,7 @@ QUICK = {
     "epoch_does_not_grow": 5,
     "copy_is_freed_before_its_successor_is_there": 20,
     "point_without_what_nobody_has_accepted": 3,
+    "chunk_in_another_format_is_not_asked_for": 20,
 }
 """A few mutants, and within how many seeds each is caught."""
 

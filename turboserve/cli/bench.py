@@ -13,6 +13,7 @@ import click
 BENCHES: dict[str, str] = {
     "autoscale": "A live fleet follows a trace, beside the simulator's prediction.",
     "coalescing": "Many sessions in shared passes, against one at a time.",
+    "frame-parts": "Chunks from a worker of another machine: encoded there, against raw frames.",
     "frame-ring": "Chunks from worker to gateway: shared memory against pickles.",
     "kernels": "The kernels: how fast on this device; what they compile to, without one.",
     "migrate": "Session state between two processes: arena and socket, against gloo.",

@@ -20,7 +20,7 @@ WHAT = {
     "denoise": "first to last denoise step, other sessions' passes between included",
     "decode": "latents to frames",
     "transport": "sockets, frame ring, digest check",
-    "hand_over": "frames at the gateway, encoder busy or viewer not attached",
+    "hand_over": "chunk at the gateway, encoder busy or viewer not attached",
     "encode": "frames to the viewer's format",
     "send": "into the viewer's socket",
 }

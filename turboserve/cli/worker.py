@@ -40,8 +40,9 @@ def command(**options: Any) -> None:
     """Join a running server as a worker on this machine. Ctrl-C or SIGTERM asks to be drained; a second one suspends
     what is left and ends.
 
-    Both sides prove that they hold the server's token before anything else is said. Frames go over the network
-    unencoded, so the link should carry a few MB/s for each active session. Recovery points lie in the worker's own
+    Both sides prove that they hold the server's token before anything else is said. Chunks go over the network
+    encoded in their viewers' formats (by PyAV, which must be installed); only of those that ask for `raw` do all pixels
+    cross. Recovery points lie in the worker's own
     memory: sessions come and go with them, over one more port of the advertised address; when the worker dies they go
     with it, and its sessions are made again from the input log.
     """

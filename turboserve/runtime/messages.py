@@ -20,13 +20,17 @@ from typing import Annotated
 import msgspec
 
 from turboserve.errors import ProtocolError
+from turboserve.video.encoded import Format
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 1 << 20
 POINTS_TOLD_MAX = 8192
 """Sessions in one PointsHeld: they fit in a message whatever their sizes."""
+NOT_ENCODED = "not_encoded"
 PART_BYTES = 512 << 10
-"""Most bytes of frames in one FramePart."""
+"""Most bytes of a chunk in one FramePart."""
+INIT_BYTES_MAX = 4096
+"""Most bytes of an mp4's init segment; ours have about 700."""
 WORK_MAX = 1024
 """Most sessions in one WorkReport."""
 
@@ -395,9 +399,12 @@ class ProfileWorker(Message, frozen=True, kw_only=True):
 
 
 class Credit(Message, frozen=True, kw_only=True):
-    """Leave to generate one chunk, with its inputs bound. Durable in the gateway's log before it is sent.
+    """Leave to generate one chunk, with its inputs bound. Durable in the gateway's log before it is sent. One for a
+    chunk that is made already gets it once more, in the format that is asked for now.
 
-    `deadline_s` counts from receipt: the time by which the frames should be out to be on time.
+    `deadline_s` counts from receipt: the time by which the frames should be out to be on time. `format` is what the
+    viewer who is attached receives, or the one before, or else what the session was opened with. A worker that shares
+    memory with the gateway has no use for it: its frames are encoded beside the ring.
     """
 
     session_id: SessionId
@@ -408,6 +415,7 @@ class Credit(Message, frozen=True, kw_only=True):
     prompt_version: Count
     prompt_switch: ShortText = "swap"
     deadline_s: float
+    format: Format = "raw"
 
 
 class ChunkAccepted(Message, frozen=True, kw_only=True):
@@ -422,7 +430,8 @@ class ChunkAccepted(Message, frozen=True, kw_only=True):
 
 
 class ChunkReady(Message, frozen=True, kw_only=True):
-    """A chunk's frames lie in the frame ring (the ring's record repeats session, epoch and index).
+    """A chunk's frames lie in the frame ring (the ring's record repeats session, epoch and index), or its parts have
+    come before this.
 
     Times are the worker's own durations, for `explain` and metrics.
     """
@@ -443,11 +452,17 @@ class ChunkReady(Message, frozen=True, kw_only=True):
     batch_size: float = 1.0
     """Mean number of segments in the passes this chunk took part in."""
     continuity: ShortText = ""
+    format: Format = "raw"
+    """What its parts are; `raw` with the frame ring. The digests are over the frames in any case."""
+    encode_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    init: Annotated[bytes, msgspec.Meta(max_length=INIT_BYTES_MAX)] = b""
+    """The init segment that an mp4 chunk plays behind."""
 
 
 class FramePart(Message, frozen=True, kw_only=True):
-    """Some of a chunk's frames, from a worker that shares no memory with the gateway. Parts come in order, and the
-    chunk's ChunkReady after the last; one with offset 0 begins a chunk and gives up what was there of another."""
+    """Some of a chunk, from a worker that shares no memory with the gateway: `total_bytes` in all, as `format` says.
+    Parts come in order, and the chunk's ChunkReady after the last; one with offset 0 begins a chunk and gives up what
+    was there of another."""
 
     session_id: SessionId
     epoch: Count
@@ -456,11 +471,14 @@ class FramePart(Message, frozen=True, kw_only=True):
     frames: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     height: Annotated[int, msgspec.Meta(ge=1, le=16384)]
     width: Annotated[int, msgspec.Meta(ge=1, le=16384)]
+    format: Format
+    total_bytes: Annotated[int, msgspec.Meta(ge=1)]
     data: Annotated[bytes, msgspec.Meta(min_length=1, max_length=PART_BYTES)]
 
 
 class ChunkRefused(Message, frozen=True, kw_only=True):
-    """A credit the worker cannot honour: wrong epoch or index; `next_index` is what it would take."""
+    """A credit the worker cannot honour: wrong epoch or index; `next_index` is what it would take. With the code
+    NOT_ENCODED the chunk is made and cannot be had in its format."""
 
     session_id: SessionId
     epoch: Count

@@ -29,6 +29,7 @@ from turboserve.runtime import frame_ring, lifeline, logs
 from turboserve.runtime import messages as m
 from turboserve.runtime.failpoints import set_process
 from turboserve.runtime.worker_config import WorkerConfig, read_config
+from turboserve.video.encoded import check_encoder
 
 SWITCH_INTERVAL_S = 0.001
 """How long the talking thread may keep the interpreter from the engine's (Python's default is five times this)."""
@@ -54,6 +55,9 @@ def load_from_registry(config: WorkerConfig) -> Any:
 
 def load(config: WorkerConfig, load_model: Callable[[WorkerConfig], Any], log: Any) -> Loaded:
     """Everything slow: weights, memory, self-test, calibration."""
+    if config.joined:
+        check_encoder()
+
     import torch
 
     from turboserve.model.interface import Tier, layout_hash, state_bytes

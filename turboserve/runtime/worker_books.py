@@ -11,6 +11,7 @@ from turboserve.model.interface import ChunkRequest, Control, PromptSwitch
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
 from turboserve.runtime.worker_events import KEPT_CHUNKS as KEPT_CHUNKS
+from turboserve.video.encoded import Format
 
 CONTROLLER = "controller"
 GATEWAY = "gateway"
@@ -38,11 +39,13 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """Write a chunk's frames to the ring and announce it, if `may_emit` still says so then."""
+    """Write a chunk's frames to the ring and announce it, if `may_emit` still says so then. A worker that shares no
+    memory with the gateway sends it as `format`."""
 
     session_id: str
     epoch: int
     chunk_index: int
+    format: Format = "raw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,8 @@ PointEvent: TypeAlias = PointAwaited | PointNotAwaited | PointSent | PointNotSen
 @dataclass(slots=True)
 class Session:
     """One session as the protocol sees it. `next_index` is the chunk whose credit comes next, `sent` the one after the
-    last that left, `accepted` the one after the last that the gateway holds.
+    last that left, `accepted` the one after the last that the gateway holds. `format` is what the newest credit asked
+    for: every chunk leaves in it.
 
     `since_epoch` is the epoch it was opened under: older than `epoch` when it was adopted since. What the engine says
     of any epoch from there on is about this session. `move_id` is 0 in a stop that is a suspend. `target_address` is
@@ -166,6 +170,7 @@ class Session:
     accepted: int = 0
     restored: bool = False
     move_id: int = 0
+    format: Format = "raw"
     requests: dict[int, ChunkRequest] = field(default_factory=dict)
     made: OrderedDict[int, e.FinishedChunk] = field(default_factory=OrderedDict)
     early: list[m.Credit] = field(default_factory=list)
@@ -245,13 +250,12 @@ class WorkerBooks:
         )
 
     def _refuse_credit(self, credit: m.Credit, next_index: int, code: str) -> None:
+        self._refuse_chunk(credit.session_id, credit.epoch, credit.chunk_index, next_index, code)
+
+    def _refuse_chunk(self, session_id: str, epoch: int, chunk_index: int, next_index: int, code: str) -> None:
         self.counts.refused += 1
         refusal = m.ChunkRefused(
-            session_id=credit.session_id,
-            epoch=credit.epoch,
-            chunk_index=credit.chunk_index,
-            next_index=next_index,
-            code=code,
+            session_id=session_id, epoch=epoch, chunk_index=chunk_index, next_index=next_index, code=code
         )
         self._out.append(Send(GATEWAY, refusal))
 

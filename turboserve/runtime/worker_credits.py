@@ -13,6 +13,7 @@ from turboserve.runtime.worker_books import (
     EARLY_CREDITS_MAX,
     GATEWAY,
     KEPT_CHUNKS,
+    Action,
     Emit,
     Phase,
     Session,
@@ -28,6 +29,10 @@ class WorkerCredits(WorkerBooks):
         super().__init__(hello)
         self._spec = spec
         self._lease_until_s = float("-inf")
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
 
     def may_emit(self, emit: Emit, now_s: float) -> e.FinishedChunk | None:
         """The chunk to send now, or None when it must not or need not go out any more."""
@@ -47,6 +52,18 @@ class WorkerCredits(WorkerBooks):
         session = self.sessions.get(emit.session_id)
         if session is not None and session.epoch == emit.epoch:
             session.sent = max(session.sent, emit.chunk_index + 1)
+
+    def made(self, emit: Emit) -> e.FinishedChunk | None:
+        """The chunk that an Emit is about, as long as it is kept."""
+        session = self.sessions.get(emit.session_id)
+        return session.made.get(emit.chunk_index) if session is not None and session.epoch == emit.epoch else None
+
+    def cannot_encode(self, emit: Emit) -> list[Action]:
+        """The chunk cannot be had in its format; the gateway ends the session and says why."""
+        session = self.sessions.get(emit.session_id)
+        if session is not None and session.epoch == emit.epoch:
+            self._refuse_chunk(emit.session_id, emit.epoch, emit.chunk_index, session.next_index, m.NOT_ENCODED)
+        return self._flush()
 
     def _on_credit(self, credit: m.Credit, now_s: float) -> None:
         session = self.sessions.get(credit.session_id)
@@ -74,12 +91,14 @@ class WorkerCredits(WorkerBooks):
         else:
             request = request_of(credit)
             session.next_index += 1
+            session.format = credit.format
             session.requests[credit.chunk_index] = request
             session.requests.pop(credit.chunk_index - 2 * KEPT_CHUNKS, None)
             self._out.append(e.Begin(credit.session_id, credit.epoch, request, now_s, now_s + credit.deadline_s))
 
     def _credit_again(self, credit: m.Credit, session: Session, now_s: float) -> None:
         """A credit for a chunk that was begun before: the same frames, or a reason why not."""
+        session.format = credit.format
         known = session.requests.get(credit.chunk_index)
         if known is not None and known != request_of(credit):
             self._refuse_credit(credit, session.next_index, "conflict")
@@ -96,7 +115,7 @@ class WorkerCredits(WorkerBooks):
 
     def _emit(self, session_id: str, session: Session, chunk_index: int, now_s: float) -> None:
         if GATEWAY in self._connected and now_s < self._lease_until_s:
-            self._out.append(Emit(session_id, session.epoch, chunk_index))
+            self._out.append(Emit(session_id, session.epoch, chunk_index, session.format))
 
     def _emit_unaccepted(self) -> None:
         """After a reconnect or a renewed lease: all that the gateway has not confirmed; it takes each once."""
@@ -107,7 +126,7 @@ class WorkerCredits(WorkerBooks):
                 continue  # being adopted: it is asked for under the new epoch
             for chunk_index in session.made:
                 if chunk_index >= session.accepted:
-                    self._out.append(Emit(session_id, session.epoch, chunk_index))
+                    self._out.append(Emit(session_id, session.epoch, chunk_index, session.format))
 
     def _wait_early(self, credit: m.Credit, session: Session) -> None:
         """Keep a credit until the engine has opened or stopped the session."""

@@ -1,7 +1,6 @@
-"""A worker's sockets, timers and frame ring: carries out what `WorkerLogic` says. One asyncio thread.
+"""A worker's sockets and timers: carries out what `WorkerLogic` says. One asyncio thread.
 
-Frames leave through the ring; the message that announces them follows. A full ring is back-pressure: the emit waits and
-the gateway's credits stop by themselves. Both channels reconnect for ever; the lease decides what may happen meanwhile.
+Chunks leave by `worker_emits.py`. Both channels reconnect for ever; the lease decides what may happen meanwhile.
 """
 
 from __future__ import annotations
@@ -12,18 +11,16 @@ import random
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from turboserve.errors import AuthFailed, Conflict, Overloaded, ProtocolError
-from turboserve.runtime import channel, frame_ring, ports
+from turboserve.errors import AuthFailed, Overloaded, ProtocolError
+from turboserve.runtime import channel, ports
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_events as e
 from turboserve.runtime.failpoints import failpoint
-from turboserve.runtime.frame_parts import PartSender
 from turboserve.runtime.point_links import PointLinks, own_address, points_held
 from turboserve.runtime.worker_books import (
     CONTROLLER,
@@ -38,16 +35,14 @@ from turboserve.runtime.worker_books import (
     Stop,
 )
 from turboserve.runtime.worker_config import WorkerConfig
+from turboserve.runtime.worker_emits import Emitter, FrameSink
 from turboserve.runtime.worker_logic import WorkerLogic
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from turboserve.runtime.recovery_store import RecoveryStore
 
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
-RING_FULL_RETRY_S = 0.002
 WORK_REPORT_S = 0.05
 """How often the controller hears at most what the engine is at."""
 REFUSED_MAX = 5
@@ -59,14 +54,6 @@ _SAY: dict[type[m.Message], str] = {
     kind: f"worker.say.{kind.__name__}"
     for kind in (m.SessionOpened, m.SessionSuspended, m.SessionPrepared, m.HandedOver, m.SessionReleased)
 }
-
-
-class FrameSink(Protocol):
-    """Where frames go: the ring, or parts on the data channel."""
-
-    def push(self, header: frame_ring.FrameHeader, frames: np.ndarray) -> bool:
-        """False when there is no room now: the same chunk is offered again later."""
-        ...
 
 
 @dataclass(slots=True)
@@ -115,8 +102,15 @@ class WorkerIO:
                 log,
             )
         self._logic = logic
-        # A worker that shares no memory with the gateway sends frames over its channel.
-        self._producer: FrameSink = producer or PartSender(lambda: self._channels.get(GATEWAY))
+        self._emitter = Emitter(
+            config.worker_epoch,
+            logic,
+            producer,
+            peer=lambda: self._channels.get(GATEWAY),
+            send=lambda message: self._send(GATEWAY, message),
+            apply=self._apply,
+            log=log,
+        )
         self._gateway_at = (config.gateway_host, config.gateway_port)
         self._command = command
         self._stop = stop
@@ -127,8 +121,6 @@ class WorkerIO:
         self._before_s = time.monotonic()
         self._log = log
         self._channels: dict[str, channel.Channel] = {}
-        self._emits: deque[Emit] = deque()
-        self._retry: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._timer_changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -271,10 +263,11 @@ class WorkerIO:
             if isinstance(action, Send):
                 self._send(action.to, action.message)
             elif isinstance(action, Emit):
-                self._emits.append(action)
+                self._emitter.add(action)
             elif isinstance(action, Beat):
                 self._send(CONTROLLER, self._heartbeat())
                 self._send(CONTROLLER, self._work_report(self._at_work()))
+                self._emitter.forget_closed()
             elif isinstance(action, Drop):
                 self._log.warning("dropped", peer=action.to, reason=action.reason)
                 self._close_soon(action.to)
@@ -286,8 +279,7 @@ class WorkerIO:
                 self._stop(action.code)
             else:
                 self._command(action)
-        if self._emits and self._retry is None:
-            self._pump_emits()
+        self._emitter.pump()
         self._timer_changed.set()
 
     def _send(self, to: str, message: m.Message) -> None:
@@ -308,45 +300,6 @@ class WorkerIO:
             task = asyncio.get_running_loop().create_task(peer.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
-
-    def _pump_emits(self) -> None:
-        """Write waiting chunks to the ring, in order, until it is full."""
-        self._retry = None
-        while self._emits:
-            emit = self._emits[0]
-            chunk = self._logic.may_emit(emit, time.monotonic())
-            if chunk is not None and GATEWAY in self._channels:
-                try:
-                    if not self._producer.push(self._header(emit, chunk), chunk.frames):
-                        assert self._loop is not None
-                        self._retry = self._loop.call_later(RING_FULL_RETRY_S, self._pump_emits)
-                        return
-                except Conflict as error:
-                    self._log.error("the frame ring has a newer writer", error=str(error))
-                    self._stop(0)
-                    self._emits.clear()
-                    return
-                failpoint("worker.emit.ring")
-                self._send(GATEWAY, _announcement(emit, chunk))
-                self._logic.did_emit(emit)
-                failpoint("worker.emit.sent")
-            self._emits.popleft()
-
-    def _header(self, emit: Emit, chunk: e.FinishedChunk) -> frame_ring.FrameHeader:
-        frames, height, width, _ = chunk.frames.shape
-        return frame_ring.FrameHeader(
-            session_id=emit.session_id,
-            worker_epoch=self._config.worker_epoch,
-            session_epoch=emit.epoch,
-            chunk_index=emit.chunk_index,
-            frames=frames,
-            height=height,
-            width=width,
-            steps=chunk.steps,
-            prompt_version=chunk.prompt_version,
-            digest=bytes.fromhex(chunk.digest),
-            digest_prev=bytes.fromhex(chunk.digest_prev),
-        )
 
     def _heartbeat(self) -> m.Heartbeat:
         """Means are over the time since the last heartbeat; 0 where nothing was made in it."""
@@ -377,24 +330,6 @@ class WorkerIO:
     def _progress(self) -> dict[str, int]:
         sessions = itertools.islice(self._logic.sessions.items(), PROGRESS_MAX)
         return {session_id: max(one.made) + 1 for session_id, one in sessions if one.made}
-
-
-def _announcement(emit: Emit, chunk: e.FinishedChunk) -> m.ChunkReady:
-    return m.ChunkReady(
-        session_id=emit.session_id,
-        epoch=emit.epoch,
-        chunk_index=emit.chunk_index,
-        digest=chunk.digest,
-        digest_prev=chunk.digest_prev,
-        frames=len(chunk.frames),
-        steps=chunk.steps,
-        prompt_version=chunk.prompt_version,
-        wait_ms=1e3 * chunk.wait_s,
-        denoise_ms=1e3 * chunk.denoise_s,
-        decode_ms=1e3 * chunk.decode_s,
-        batch_size=chunk.batch_size,
-        context_before_ms=1e3 * chunk.context_before_s,
-    )
 
 
 def resident_bytes() -> int:

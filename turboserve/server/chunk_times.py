@@ -9,8 +9,8 @@ A chunk's life in stages, in order; what did not happen takes 0 ms:
     denoise    first pass to last denoise step, waits between passes included
     decode     latents to frames
     transport  the rest of the way to and from the worker: sockets, frame ring, digest check
-    hand_over  frames here, encoder busy with other chunks or the viewer not attached
-    encode     frames to the viewer's format
+    hand_over  the chunk is here, encoder busy with other chunks or the viewer not attached
+    encode     frames to the viewer's format: here, or before transport on a worker that joined from another machine
     send       into the viewer's socket
 
 The context pass of a chunk comes after its frames are out; its time stands beside the stages, not among them.
@@ -59,6 +59,7 @@ class ChunkTime:
     wait_ms: float = 0.0
     denoise_ms: float = 0.0
     decode_ms: float = 0.0
+    encode_ms: float = 0.0
     batch_size: float = 0.0
     context_ms: float | None = None
     steps: int = 0
@@ -77,10 +78,10 @@ class ChunkTime:
         if self.accepted_s:
             way_ms = 1e3 * (self.accepted_s - self.credit_s)
             found["batch_wait"], found["denoise"], found["decode"] = self.wait_ms, self.denoise_ms, self.decode_ms
-            found["transport"] = max(0.0, way_ms - self.wait_ms - self.denoise_ms - self.decode_ms)
+            found["transport"] = max(0.0, way_ms - self.wait_ms - self.denoise_ms - self.decode_ms - self.encode_ms)
         if self.sent_s:
             found["hand_over"] = 1e3 * max(0.0, self.encode_s - self.accepted_s)
-            found["encode"] = 1e3 * (self.encoded_s - self.encode_s)
+            found["encode"] = self.encode_ms + 1e3 * (self.encoded_s - self.encode_s)
             found["send"] = 1e3 * (self.sent_s - self.encoded_s)
         return {name: round(value, 3) for name, value in found.items()}
 
@@ -118,6 +119,7 @@ class ChunkTimes:
             return
         chunk.accepted_s = now_s
         chunk.wait_ms, chunk.denoise_ms, chunk.decode_ms = message.wait_ms, message.denoise_ms, message.decode_ms
+        chunk.encode_ms = message.encode_ms
         chunk.batch_size, chunk.steps, chunk.prompt_version = message.batch_size, message.steps, message.prompt_version
 
     def sent(self, index: int, encode_s: float, encoded_s: float, sent_s: float) -> None:

@@ -166,9 +166,9 @@ class Gateway:
         if self._workers.get(worker_id) is send:
             del self._workers[worker_id]
 
-    def chunk_ready(self, message: messages.ChunkReady, pixels: Any) -> None:
-        """A chunk whose pixels were found to match its digest."""
-        self.apply(self.logic.chunk(message, pixels, self.now()))
+    def chunk_ready(self, message: messages.ChunkReady, data: Any) -> None:
+        """A chunk: its frames, found to match its digest, or what the worker made of them."""
+        self.apply(self.logic.chunk(message, data, self.now()))
 
     def chunk_corrupt(self, message: messages.ChunkReady, error: TurboServeError) -> None:
         self.log.error("corrupt chunk", session=message.session_id, index=message.chunk_index, error=error.message)

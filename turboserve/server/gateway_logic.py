@@ -251,13 +251,13 @@ class GatewayLogic(GatewayBooks):
                 session.send_again(now_s)
         return self._take(now_s)
 
-    def chunk(self, message: messages.ChunkReady, pixels: Any, now_s: float) -> list[Effect]:
+    def chunk(self, message: messages.ChunkReady, data: Any, now_s: float) -> list[Effect]:
         session = self.sessions.get(message.session_id)
         if session is None:
             self.outbox.put(Measure("chunk_fenced"))
             return self._take(now_s)
         try:
-            session.chunk(message, pixels, now_s)
+            session.chunk(message, data, now_s)
         except TurboServeError as error:
             session.check_error(error, now_s)
         return self._finish(session, now_s)

@@ -107,7 +107,7 @@ class WorkerListener:
                 gateway.log.info("worker disconnected", worker=hello.worker_id)
 
     async def _serve_joined(self, peer: channel.Channel, hello: messages.WorkerHello) -> None:
-        """A worker of another node: its frames come in parts, each chunk's before its announcement."""
+        """A worker of another node: chunks come in parts, encoded there, each before its announcement."""
         gateway, send = self._gateway, peer.send
         spec = registry.load_spec(gateway.config.model)
         frames_max = max(spec.chunk_frames_first, spec.chunk_frames_rest)
@@ -135,13 +135,13 @@ class WorkerListener:
     async def _take_parts(self, message: messages.ChunkReady, parts: PartAssembler) -> None:
         try:
             if parts.held_bytes > VERIFY_INLINE_BYTES:
-                frames = await asyncio.to_thread(parts.frames, message)
+                data = await asyncio.to_thread(parts.chunk, message)
             else:
-                frames = parts.frames(message)
+                data = parts.chunk(message)
         except CorruptState as error:
             self._gateway.chunk_corrupt(message, error)
             return
-        self._gateway.chunk_ready(message, frames)
+        self._gateway.chunk_ready(message, data)
 
     async def _take(self, message: messages.AnyMessage, ring: FrameConsumer) -> None:
         match message:
@@ -155,6 +155,8 @@ class WorkerListener:
     async def _take_chunk(self, message: messages.ChunkReady, ring: FrameConsumer) -> None:
         """The chunk's record in the ring, checked, to the logic. Records come in the order of their messages; one
         whose message was lost (a channel that broke) is stepped over."""
+        if message.format != "raw":
+            raise ProtocolError(f"a chunk as {message.format} through the frame ring", expected="raw frames")
         try:
             while True:
                 record = await self._pop(ring)

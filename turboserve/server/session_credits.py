@@ -9,28 +9,29 @@ Four counters say where a stream stands, and never cross:
 `delivered` counts acked chunks, `next_index` accepted ones, `sent` credits given, `durable` and `bound` chunks whose
 inputs are on disk and in the log. At most one chunk is bound ahead of `next_index`, so an input always reaches the
 first chunk that has not begun. After a worker was lost, `sent` falls back and the same inputs are sent again; chunks
-that were accepted before are made again and dropped.
+that were accepted before are made again and dropped, but for those that the viewer needs in another format
+(`session_ring.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from turboserve.errors import CorruptState
 from turboserve.runtime import messages
-from turboserve.server.effects import Deliver, Measure, ToController, ToWorker
+from turboserve.server.effects import Measure, ToController, ToWorker
 from turboserve.server.log_records import Bound
 from turboserve.server.pacing import Pace, Period
-from turboserve.server.session_facts import IDLE_REPORT_S, RING_CHUNKS, SessionFacts
-from turboserve.server.stream_shape import Begun, Pause, StoredChunk
+from turboserve.server.session_facts import IDLE_REPORT_S, RING_CHUNKS
+from turboserve.server.session_ring import SessionRing
+from turboserve.server.stream_shape import Begun, StoredChunk
 from turboserve.session import PublicState
+from turboserve.video.encoded import Format
 
 __all__ = ["IDLE_REPORT_S", "RING_CHUNKS", "SessionCredits"]
 
 REFUSALS_MAX = 8
-PAUSES = {"recovering": "recovery", "queued": "recovery", "suspended": "resume"}
-"""What a pause is called by the session's state when it begins."""
 RESENDS_MAX = 12
 """A credit is sent again this often, two chunk times apart, before the controller is told that its owner is silent."""
 RESEND_MIN_S = 1.0
@@ -39,7 +40,7 @@ OWNER_STOPPED = frozenset({"moving", "not_found", "stale_epoch", "session_poison
 
 
 @dataclass(slots=True, kw_only=True)
-class SessionCredits(SessionFacts):
+class SessionCredits(SessionRing):
     """A session's side towards controller and worker. Every method takes the time; effects go to `outbox`."""
 
     # ------------------------------------------------------------------ controller and worker
@@ -92,17 +93,20 @@ class SessionCredits(SessionFacts):
     def refused(self, message: messages.ChunkRefused, now_s: float) -> None:
         """The worker cannot take the credit; it says which chunk it would take."""
         index = message.chunk_index
-        if not self.in_flight or message.epoch != self.epoch or index != self.sent - 1:
+        if not self.in_flight or message.epoch != self.epoch or index != self.credited:
             return
         if message.code == "overloaded":
             return  # it is sent again when it is overdue
         self.in_flight = False
+        if message.code == messages.NOT_ENCODED:
+            self.fail("session_failed", f"worker {self.worker_id} cannot encode chunk {index}; its log says why", now_s)
+            return
         if message.code in OWNER_STOPPED:
             self.sent = index
             self._await_epoch(now_s)
             self.pump(now_s)
             return
-        if message.next_index > index == self.next_index:
+        if message.next_index > index and index in (self.next_index, self._misfit()):
             self._await_epoch(now_s)
             self._stuck("ahead")
             return
@@ -134,10 +138,10 @@ class SessionCredits(SessionFacts):
     def _resend_s(self) -> float:
         return max(RESEND_MIN_S, 2 * self.clock.chunk_s)
 
-    def chunk(self, message: messages.ChunkReady, pixels: Any, now_s: float) -> bool:
+    def chunk(self, message: messages.ChunkReady, data: Any, now_s: float) -> bool:
         """A chunk from a worker. Only the next one of the newest epoch counts; True when it was accepted."""
         index = message.chunk_index
-        if self.ended_s is not None or message.epoch != self.epoch or not self.in_flight or index != self.sent - 1:
+        if self.ended_s is not None or message.epoch != self.epoch or not self.in_flight or index != self.credited:
             self.counts.fenced += 1
             self.outbox.put(Measure("chunk_fenced"))
             if self.ended_s is None and message.epoch == self.epoch and index < self.next_index:
@@ -148,21 +152,22 @@ class SessionCredits(SessionFacts):
         if index < self.next_index:  # made again after a worker was lost; the viewer has it or the ring does
             self.counts.replayed += 1
             self._tell_accepted(index)
+            self._refit(message, data, now_s)
             self.pump(now_s)
             return False
         continuity = message.continuity or (self.continuity if index >= self.continuity_from else "")
         if message.digest_prev != self.digest and continuity != "approximate":
             raise CorruptState(f"chunk {index} does not continue the stream it belongs to")
-        self._accept(message, continuity, pixels, now_s)
+        self._accept(message, continuity, data, now_s)
         self.pump(now_s)
         return True
 
-    def _accept(self, message: messages.ChunkReady, continuity: str, pixels: Any, now_s: float) -> None:
+    def _accept(self, message: messages.ChunkReady, continuity: str, data: Any, now_s: float) -> None:
         begun = self.begun or Begun(message.chunk_index, now_s, now_s, False)
         chunk = StoredChunk(
             index=message.chunk_index,
             epoch=message.epoch,
-            pixels=pixels,
+            data=data,
             frames=message.frames,
             prompt_version=message.prompt_version,
             steps=message.steps,
@@ -172,6 +177,9 @@ class SessionCredits(SessionFacts):
             accepted_s=now_s,
             batch_size=message.batch_size,
             continuity=continuity,
+            format=message.format,
+            init=message.init,
+            encode_ms=message.encode_ms,
         )
         if continuity:
             self.continuity = ""
@@ -185,57 +193,12 @@ class SessionCredits(SessionFacts):
             len(self.ring) > RING_CHUNKS
         ):  # cannot happen while credits are counted right; memory must not depend on it
             self.ring.popleft()
-        if self._full() and self.viewer is not None:
+        if self._stands_full():
             self.full_s = now_s
         self._measure(begun, chunk, now_s)
         self._tell_accepted(chunk.index)
-        self._deliver(chunk)
+        self._deliver_ready()
         self._release_behind(now_s)
-
-    def _measure(self, begun: Begun, chunk: StoredChunk, now_s: float) -> None:
-        out = self.outbox
-        out.delivered.count(reduced=chunk.steps < self._steps_full(), late=begun.live and now_s > begun.due_s)
-        out.put(Measure("chunk_latency", now_s - begun.released_s))
-        out.put(Measure("batch_size", chunk.batch_size))
-        if begun.live:
-            on_time = now_s <= begun.due_s
-            self.counts.on_time += on_time
-            self.counts.late += not on_time
-            out.put(Measure("chunk_on_time" if on_time else "chunk_late"))
-        if self.asked and (asked_s := self.asked.get(chunk.prompt_version)) is not None:
-            self.asked = {version: at_s for version, at_s in self.asked.items() if version > chunk.prompt_version}
-            out.put(Measure("input_to_frame", now_s - asked_s))
-        if chunk.index == 0 and self.first_attach_s is not None:
-            out.put(Measure("first_chunk_latency", now_s - self.first_attach_s))
-
-    def _steps_full(self) -> int:
-        """Denoise steps that it was opened with; under overload the controller sets fewer."""
-        return self.steps if self.wish is None else int(self.wish.steps)
-
-    def _watch_pause(self, now_s: float) -> None:
-        """A stream pauses when its viewer waits for a chunk and nobody owns the session."""
-        if not self._wants() or self._full():
-            self.pause_of_stream = None
-        elif not self.owned and self.epoch > 0 and self.pause_of_stream is None:
-            self.pause_of_stream = Pause(now_s, PAUSES.get(self.state, "migration"))
-
-    def _end_pause(self, index: int, now_s: float) -> None:
-        """How long the viewer had nothing to come: from when its chunks stopped, or the next was due to begin."""
-        pause, self.pause_of_stream = self.pause_of_stream, None
-        if pause is None or self.period is None:
-            return
-        since_s = max(pause.since_s, self.period.release_s(index, self.clock))
-        self.outbox.put(Measure(f"pause_{pause.kind}", max(0.0, now_s - since_s)))
-
-    def _tell_accepted(self, index: int) -> None:
-        accepted = messages.ChunkAccepted(session_id=self.sid, epoch=self.epoch, chunk_index=index)
-        self.outbox.put(ToWorker(self.worker_id, accepted))
-
-    def _deliver(self, chunk: StoredChunk) -> None:
-        viewer = self.viewer
-        if viewer is not None and viewer.ready and chunk.index == viewer.next_index:
-            viewer.next_index += 1
-            self.outbox.put(Deliver(viewer.connection, chunk))
 
     # ------------------------------------------------------------------ credits
 
@@ -281,11 +244,18 @@ class SessionCredits(SessionFacts):
         self.durable = max(self.durable, index + 1)
         self.pump(now_s)
 
+    def _next_credit(self) -> int | None:
+        """The chunk to ask for: one that is here in another format than the viewer's, else the next that is durable."""
+        again = self._misfit()
+        if again is not None and again < self.sent:
+            return again
+        return self.sent if self.sent < self.durable else None
+
     def _send(self, now_s: float) -> None:
         """At most one credit is out; after a loss the durable ones are sent again, one after the other."""
-        if not self.owned or self.in_flight or self.sent >= self.durable:
+        index = self._next_credit()
+        if not self.owned or self.in_flight or index is None:
             return
-        index = self.sent
         version, text = self.prompts.at(index)
         due_s = self.begun.due_s if self.begun is not None else now_s
         credit = messages.Credit(
@@ -297,9 +267,10 @@ class SessionCredits(SessionFacts):
             prompt_version=version,
             prompt_switch=self.prompt_switch,
             deadline_s=max(0.0, due_s - now_s),
+            format=cast(Format, self.viewed_as or self.format),  # checked where it came in
         )
-        self.sent += 1
-        self.in_flight = True
+        self.sent = max(self.sent, index + 1)
+        self.in_flight, self.credited = True, index
         self.credit_due_s = now_s + self._resend_s()
         self.times.credited(index, self.epoch, self.worker_id, now_s)
         self.outbox.wakes(self)
@@ -309,7 +280,8 @@ class SessionCredits(SessionFacts):
         """The credit that is out may have been lost with its channel; the worker takes a repeated one once."""
         if self.in_flight:
             self.in_flight = False
-            self.sent -= 1
+            if self.credited == self.sent - 1:
+                self.sent -= 1
         self.pump(now_s)
 
     def _credit_overdue(self, now_s: float) -> None:

@@ -58,7 +58,12 @@ class SessionFacts:
     begun: Begun | None = None
 
     in_flight: bool = False
-    """A credit is out that was not answered."""
+    """A credit is out that was not answered; it is for chunk `credited`."""
+    credited: int = -1
+    viewed_as: str = ""
+    """Format of the newest attach; empty before the first."""
+    misfits: int = 0
+    """Chunks that came in another format than they were asked for, one after the other."""
     credit_due_s: float = 0.0
     """When the credit that is out is sent again."""
     resends: int = 0
@@ -113,15 +118,29 @@ class SessionFacts:
             return False
         return self.viewer is not None or self.bound - self.delivered < RING_CHUNKS
 
+    def _misfit(self) -> int | None:
+        """The first chunk in the ring that the viewer needs and that is here in another format only."""
+        viewer = self.viewer
+        if viewer is None:
+            return None
+        waiting = (one for one in self.ring if one.index >= viewer.next_index and not one.fits(viewer.format))
+        return next((one.index for one in waiting), None)
+
     def _full(self) -> bool:
         return self.next_index - self.delivered >= RING_CHUNKS
+
+    def _stands_full(self) -> bool:
+        """The viewer was given as much as may stand unacked: from now on it is slow, nobody else."""
+        return self.viewer is not None and self._full() and self._misfit() is None
 
     def _complete(self) -> bool:
         return self.max_chunks is not None and self.next_index >= self.max_chunks
 
     def _report(self, now_s: float) -> None:
         lagging = self.full_s is not None and now_s - self.full_s >= IDLE_REPORT_S
-        active, attached = self._wants() and not lagging, self.viewer is not None
+        # What is here in the wrong format only an owner can give anew, even of a session that is paused or complete.
+        wants = self._wants() or self._misfit() is not None
+        active, attached = wants and not lagging, self.viewer is not None
         period = self.period if active else None
         report = (active, attached, period, self.clock)
         if report == self.reported:

@@ -44,6 +44,7 @@ class SessionStream(SessionCredits):
             out.put(CloseViewer(self.viewer.connection, 4409, "attached elsewhere"))
         self.tokens.rotate(token, fresh)
         self.viewer = Viewer(connection, next_index, next_index, format or self.format)
+        self.viewed_as, self.misfits = self.viewer.format, 0
         self._release_behind(now_s)
         self.counts.attaches += 1
         if self.first_attach_s is None:
@@ -51,7 +52,7 @@ class SessionStream(SessionCredits):
         self.pace = pace
         if not self.paused:
             self.period = Period(now_s, next_index, pace)
-        self.full_s = now_s if self._full() else None
+        self.full_s = now_s if self._stands_full() else None
         record = Rotated(sid=self.sid, token_hash=self.tokens.current, token_hash_prev=self.tokens.previous)
         out.append(record, lambda later_s: self._attached(connection, fresh, later_s))
         self.pump(now_s)
@@ -73,8 +74,7 @@ class SessionStream(SessionCredits):
         self.outbox.put(ToViewer(connection, hello))
         self.shown = None
         self._show()
-        for chunk in self.ring:
-            self._deliver(chunk)
+        self._deliver_ready()
 
     def _release_behind(self, now_s: float) -> None:
         """When all that stands unacked lies before what this viewer asked for, it counts as received: the viewer
@@ -96,8 +96,9 @@ class SessionStream(SessionCredits):
         """The viewer holds every chunk up to `index`."""
         if self.viewer is None or self.viewer.connection != connection or not self.viewer.ready:
             raise Conflict("this connection is not attached", expected="an attach message first")
-        if index >= self.next_index:
-            raise IndexOutOfRange(f"chunk {index} was not sent yet", expected=f"at most {self.next_index - 1}")
+        made = min(self.next_index, self.viewer.next_index)
+        if index >= made:
+            raise IndexOutOfRange(f"chunk {index} was not sent yet", expected=f"at most {made - 1}")
         self.tokens.confirm()
         if index + 1 > self.delivered:
             self._advance(index + 1, now_s)
@@ -170,7 +171,7 @@ class SessionStream(SessionCredits):
         self.paused = False
         if self.first_attach_s is not None:
             self.period = Period(now_s, self.bound, self.pace)
-        self.full_s = now_s if self.viewer is not None and self._full() else None
+        self.full_s = now_s if self._stands_full() else None
         self.pump(now_s)
 
     def _must_live(self) -> None:

@@ -31,12 +31,12 @@ class StreamShape:
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """One accepted chunk: RGB24 frames and what its header will say."""
+    """One accepted chunk: its frames or their encoding, and what its header will say."""
 
     index: int
     epoch: int
-    pixels: Any
-    """Array uint8 [frames, height, width, 3]; the logic only keeps it."""
+    data: Any
+    """Array uint8 [frames, height, width, 3]; bytes when `format` is not `raw`. The logic only keeps it."""
     frames: int
     prompt_version: int
     steps: int
@@ -46,6 +46,14 @@ class StoredChunk:
     accepted_s: float
     batch_size: float
     continuity: str
+    format: str = "raw"
+    """What `data` is. A worker that shares no memory with the gateway encodes its chunks itself."""
+    init: bytes = b""
+    encode_ms: float = 0.0
+
+    def fits(self, format: str) -> bool:
+        """Whether a viewer of that format can be given it; raw frames are encoded for anybody."""
+        return self.format in ("raw", format)
 
 
 @dataclass(slots=True)

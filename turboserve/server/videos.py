@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from turboserve.errors import NotFound, Overloaded
+from turboserve.server.attach_encoder import AttachEncoder
 from turboserve.server.auth import Identity
 from turboserve.server.catalogue import Catalogue, Choice
 from turboserve.server.gateway import Gateway
 from turboserve.server.gateway_logic import NewSession
 from turboserve.server.pacing import Pace
 from turboserve.server.session_stream import SessionStream, StoredChunk
-from turboserve.video.encode import Encoder
 
 
 @dataclass(slots=True)
@@ -144,9 +144,9 @@ class VideoJobs:
         gateway, sid, shape = self._gateway, job.wish.sid, job.choice.shape
         loop = asyncio.get_running_loop()
         connection = gateway.add_viewer(job)
-        encoder = Encoder("mp4", shape.width, shape.height, shape.fps)
+        encoder = AttachEncoder("mp4", shape, 0)
         try:
-            gateway.attach(connection, sid, job.wish.token, 0, "raw", Pace.FREE)
+            gateway.attach(connection, sid, job.wish.token, 0, encoder.format, Pace.FREE)
             with open(job.path, "wb") as file:  # noqa: ASYNC230 - a local file; writes go through the pool below
                 while (chunk := await _next(job)) is not None:
                     job.status = "in_progress"
@@ -180,9 +180,9 @@ async def _next(job: VideoJob) -> StoredChunk | None:
     return item
 
 
-def _append(file: Any, encoder: Encoder, chunk: StoredChunk) -> None:
-    data = encoder.encode_chunk(chunk.pixels, chunk.index)
-    if chunk.index == 0:
-        file.write(encoder.init_segment() or b"")
-    file.write(data)
+def _append(file: Any, encoder: AttachEncoder, chunk: StoredChunk) -> None:
+    first = encoder.init if chunk.index == 0 else b""
+    encoded = encoder.encode(chunk)
+    file.write(encoded.init or first)
+    file.write(encoded.data)
     file.flush()

@@ -159,3 +159,35 @@ class Encoder:
             raise ValueError(f"chunk {index} after chunk {self._next_index - 1}")
         self._next_index = index + 1
         return self._encode(np.ascontiguousarray(frames), index)
+
+
+class ChunkEncoder:
+    """An `Encoder` for chunks that need not follow each other: where some were encoded elsewhere, or are asked for
+    again, it begins anew on the same time line.
+
+    `index` and `first_frame` name the chunk that comes next, as far as is known, and the number of its first frame.
+    """
+
+    def __init__(
+        self, format: str, width: int, height: int, fps: float | Fraction, *, index: int = 0, first_frame: int = 0
+    ) -> None:
+        self.format, self.width, self.height, self._fps = format, width, height, fps
+        self._index = index
+        self._encoder = Encoder(format, width, height, fps, first_frame=first_frame)
+
+    @property
+    def mime(self) -> str:
+        return self._encoder.mime
+
+    def init_segment(self) -> bytes:
+        """What a viewer needs before the next chunk; empty where a format needs nothing."""
+        return self._encoder.init_segment() or b""
+
+    def encode(self, frames: np.ndarray, index: int, first_frame: int) -> bytes:
+        """One chunk, uint8 (frames, height, width, 3), as its binary message; one thread at a time."""
+        if index != self._index:
+            self._encoder = Encoder(self.format, self.width, self.height, self._fps, first_frame=first_frame)
+        self._index = -1  # until it is done: after a failure the next one begins anew
+        data = self._encoder.encode_chunk(frames, index)
+        self._index = index + 1
+        return data

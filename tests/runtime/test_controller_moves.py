@@ -208,6 +208,10 @@ def test_a_session_moves_only_to_a_worker_that_makes_the_same_bits():
     cluster.kill("w0")
     cluster.settle()
     assert cluster.state(1) is SessionState.RECOVERING and not other.held
+    cluster.wait(2.0)
+    said = [one["reason"] for one in cluster.logic.decisions if one["event"] == "wait"]
+    assert len(said) == 1 and "numerics_id num" in said[0] and "allow_approximate" in said[0]
+    assert heard(cluster, m.SessionState)[-1].reason == said[0], "its viewer hears it too"
     cluster.start("w2")
     cluster.settle()
     assert (cluster.owner(1), cluster.state(1)) == ("w2", SessionState.RUNNING)

@@ -126,7 +126,7 @@ class ControllerOpening(ControllerStorage, ControllerView):
             reason = f"from an older point of its, at chunk {opened.next_index}{lies}"
             self._note(now_s, "replay", worker=worker_id, session=opened.session_id, reason=reason)
         self._lies_on(live, self.workers[worker_id].hello.node)
-        live.brings_failed = 0
+        live.brings_failed, live.told_other_bits = 0, False
         if live.record.strikes and opened.restored:
             live.strike_index = opened.next_index
         live.move, live.adopt_by_s, live.retry_at_s = None, None, None

@@ -207,6 +207,8 @@ class Live:
     """Of the worker that had it last: only there the same bits come out."""
     allowed_numerics: str = ""
     """Others that an operator lets it go on under; forgotten with the move, or when its worker is lost."""
+    told_other_bits: bool = False
+    """Its viewer and the log have heard that no worker fits."""
     approximate_from: int = -1
     """The chunk from which on it goes on in other bits than it began with; -1: it does not."""
     anew: bool = False

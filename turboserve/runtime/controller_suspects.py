@@ -156,6 +156,7 @@ class ControllerSuspects(ControllerMoves):
         roomy = [wanted] + [one for one in sorted(self.workers) if one != wanted and self._takes(one)]
         roomy = [one for one in roomy if self._fits(live, one)]
         if not roomy:
+            self._say_other_bits(live, now_s)
             return None  # it waits for a worker that makes the same bits
         away = [one for one in roomy if one != live.avoid] or roomy
         if not live.record.strikes:
@@ -171,6 +172,18 @@ class ControllerSuspects(ControllerMoves):
             light = [one for one in away if suspects[one] < STRIKES_GRAVE]
             return light[0] if light else None
         return away[0]
+
+    def _say_other_bits(self, live: Live, now_s: float) -> None:
+        """Once a wait: after an upgrade, say, no worker of the fleet makes the bits that the session began with."""
+        if live.told_other_bits or any(self._fits(live, one) for one in self.workers):
+            return
+        live.told_other_bits = True
+        live.record.reason = (
+            f"no worker makes the bits of this stream any more (numerics_id {live.numerics_id}): an operator may "
+            "migrate it with allow_approximate"
+        )
+        self._note(now_s, "wait", session=live.record.session_id, reason=live.record.reason)
+        self._tell_session(live)
 
     @staticmethod
     def _may_wait(live: Live, now_s: float) -> bool:

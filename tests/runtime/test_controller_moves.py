@@ -31,6 +31,31 @@ def test_suspended_until_it_is_wanted_and_then_resumed_where_it_was():
     cluster.check()
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_a_worker_has_is_not_resumed_and_its_viewers_wish_stands(watched):
+    """Else the scheduler would count a viewer that is not there: the gateway says only what changes."""
+    cluster = running("w0")
+    cluster.active(1, watched)
+    done = cluster.admin("resume", session_id=sid(1))
+    assert (done.code, done.state, done.message) == ("", "active" if watched else "idle", "w0 has it already")
+    cluster.wait(3.0)
+    assert cluster.state(1) is (SessionState.RUNNING if watched else SessionState.STALLED)
+    live = cluster.logic.sessions[sid(1)]
+    assert live.wanted == bool(cluster.logic.view.sessions.active[live.row]) == watched
+    cluster.check()
+
+
+def test_an_operator_resumes_what_nobody_watches():
+    cluster = running("w0")
+    cluster.active(1, False)
+    cluster.admin("suspend", session_id=sid(1))
+    cluster.settle()
+    assert cluster.admin("resume", session_id=sid(1)).code == ""
+    cluster.settle()
+    assert (cluster.state(1), cluster.owner(1)) == (SessionState.RUNNING, "w0")
+    cluster.check()
+
+
 def test_a_worker_that_keeps_it_goes_on_under_a_new_epoch():
     cluster = running("w0")
     cluster.active(1, False)

@@ -52,12 +52,22 @@ class ControllerAdmin(ControllerFleet):
             else:
                 self._answer_not_now(asked.op_id, live)
         elif live is not None and asked.kind == "resume":
-            live.wanted = True
-            self._show(live)
-            self._tick(now_s)
-            self._answer_state(asked.op_id, live)
+            self._admin_resume(asked, live, now_s)
         else:
             self._answer(asked.op_id, code="conflict", message=f"this fleet cannot {asked.kind}")
+
+    def _admin_resume(self, asked: m.AdminCommand, live: Live, now_s: float) -> None:
+        """Have it on a worker. One that rests there already is left as it is: whether chunks are wanted is the
+        gateway's to say, and it would not say again that nobody wants them."""
+        rests = live.record.state in (SessionState.RUNNING, SessionState.STALLED)
+        if rests and live.adopt_by_s is None:
+            state = public_state(live.record.state).value
+            self._answer(asked.op_id, state=state, message=f"{live.record.owner} has it already")
+            return
+        live.wanted = True
+        self._show(live)
+        self._tick(now_s)
+        self._answer_state(asked.op_id, live)
 
     def _on_WorkerProfiling(self, source: str, told: m.WorkerProfiling, now_s: float) -> None:
         if self._profiling.get(told.op_id) != source:

@@ -15,6 +15,7 @@ import httpx
 import websockets
 
 RECONNECT_S = 0.1
+PAUSED = -1
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class FaultViewer:
     digest: bytes = b""
     digests: list[str] = field(default_factory=list)
     arrivals: list[tuple[int, float, int]] = field(default_factory=list)
-    """(index, when it came, which turn it belongs to)"""
+    """(index, when it came, which turn it belongs to; PAUSED between turns)"""
     turn: int = 0
     reconnects: int = 0
     failed: str = ""
@@ -68,7 +69,8 @@ class FaultViewer:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def play(self, on: bool) -> None:
-        """Take one's turn, or pause. A gap between turns is no gap of the stream."""
+        """Take one's turn, or pause. A gap between turns is none of the stream, nor is one before the chunk that a
+        paused viewer still gets when it attaches anew."""
         self.on = on
         self.turn += 1
         if self._socket is not None:
@@ -125,7 +127,7 @@ class FaultViewer:
         assert header["digest"] == self.digest.hex(), f"chunk {header['index']} has another digest than it says"
         self.digests.append(header["digest"])
         self.next_index += 1
-        self.arrivals.append((header["index"], time.monotonic(), self.turn))
+        self.arrivals.append((header["index"], time.monotonic(), self.turn if self.on else PAUSED))
 
     # ------------------------------------------------------------------ what it saw
 
@@ -133,14 +135,14 @@ class FaultViewer:
         """Seconds between chunks that follow each other in one turn, where the later one came in a stretch of time."""
         found = []
         for before, after in zip(self.arrivals, self.arrivals[1:], strict=False):
-            if before[2] == after[2] and since_s <= after[1] <= until_s:
+            if before[2] == after[2] != PAUSED and since_s <= after[1] <= until_s:
                 found.append(after[1] - before[1])
         return found
 
     def stalls(self, buffer_chunks: int = 2) -> int:
         """How often a player that starts with so many chunks ran dry, over all turns."""
         count = 0
-        for turn in {one[2] for one in self.arrivals}:
+        for turn in {one[2] for one in self.arrivals} - {PAUSED}:
             times = [at_s for _, at_s, of in self.arrivals if of == turn]
             if len(times) <= buffer_chunks:
                 continue

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 from controller_harness import Cluster, _ops, heard, running
 from test_controller_logic import GATEWAY, create, sent, sid
 
 from turboserve.orchestrator import plan as plans
 from turboserve.orchestrator import view as views
+from turboserve.orchestrator.scheduler import Memory, TickConfig, tick
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import LAUNCHER
 from turboserve.session import SessionState
@@ -197,3 +199,77 @@ def test_workers_are_asked_for_counted_and_released():
     cluster.tell(LAUNCHER, m.FleetEvent(worker_id="w1", kind="backing_off", reason="exit 9"))
     assert len(list(cluster.logic.view.present_workers())) == 2, "a worker that is here is not counted twice"
     assert sent(cluster.logic.on_message("w0", m.FleetEvent(worker_id="w0", kind="exited"), 9.0), m.Message) == []
+
+
+def test_a_worker_that_is_asked_for_gets_no_id_of_one_that_was_cut_off_and_lives():
+    cluster = running("w0", "w1", local=True)
+    for worker_id in ("w0", "w1"):
+        cluster.tell(LAUNCHER, m.FleetEvent(worker_id=worker_id, kind="started"))
+    cluster.kill("w1")  # its connection is gone; the launcher says nothing, because its process lives
+    assert "w1" not in cluster.logic.workers
+    assert cluster.admin("add_workers", count=1).message == "w2", "the launcher would find w1 there, and start none"
+    assert cluster.logic.view.workers_max == 3, "the one that was cut off is of the fleet"
+    cluster.start("w1")
+    cluster.start("w2")
+    cluster.settle()
+    assert set(cluster.logic.workers) == {"w0", "w1", "w2"} and not cluster.logic.expected
+
+
+def test_an_id_is_free_again_once_its_process_has_ended():
+    cluster = running("w0", "w1", local=True)
+    for worker_id in ("w0", "w1"):
+        cluster.tell(LAUNCHER, m.FleetEvent(worker_id=worker_id, kind="started"))
+    cluster.kill("w1")
+    cluster.tell(LAUNCHER, m.FleetEvent(worker_id="w1", kind="exited"))
+    assert cluster.admin("add_workers", count=1).message == "w1"
+
+
+def test_the_id_of_a_joined_worker_is_not_given_to_another_one():
+    cluster = running("w0")
+    cluster.start("j1")
+    joined = cluster.workers["j1"].hello
+    cluster.tell("w1", msgspec.structs.replace(joined, worker_id="w1"))
+    cluster.carry_out(cluster.logic.on_disconnect("w1", cluster.now_s))
+    assert cluster.admin("add_workers", count=1).message == "w2"
+
+
+def reduced_by_an_earlier_controller() -> tuple[Cluster, m.CreateSession]:
+    """A session on half its steps, its controller killed; and what the gateway says of it to the next one."""
+    cluster = running("w0", steps_floor=2)
+    cluster.logic._carry_out(plans.SetSteps(sid(1), 2, "overload"), cluster.now_s)
+    cluster.carry_out(cluster.logic._flush())
+    assert heard(cluster, m.SetSteps) == [m.SetSteps(session_id=sid(1), steps=2)]
+    cluster.gateway.clear()
+    return cluster, msgspec.structs.replace(create(1), adopt=True, steps_now=2)
+
+
+def test_a_controller_that_starts_learns_who_runs_on_reduced_steps_and_restores_them():
+    cluster, asked = reduced_by_an_earlier_controller()
+    cluster.restart_controller()
+    cluster.logic._decide = lambda view, memory, now_s: tick(view, memory, now_s, TickConfig(scale=False))
+    cluster.logic._memory = Memory()
+    cluster.settle()
+    cluster.tell(GATEWAY, asked)
+    cluster.wait(1.0)
+    assert heard(cluster, m.SetSteps) == [m.SetSteps(session_id=sid(1), steps=4)]
+    assert cluster.logic.view.session(cluster.logic.sessions[sid(1)].row).steps == 4
+
+
+def test_a_session_that_is_opened_anew_keeps_its_full_steps():
+    cluster, asked = reduced_by_an_earlier_controller()
+    cluster.store.rows.clear()
+    cluster.store.requests.clear()
+    cluster.restart_controller()
+    cluster.tell(GATEWAY, asked)
+    live = cluster.logic.sessions[sid(1)]
+    shown = cluster.logic.view.sessions
+    assert (live.record.steps, shown.steps_full[live.row], shown.steps[live.row]) == (4, 4, 2)
+
+
+def test_a_gateway_that_missed_a_change_of_steps_hears_it_again():
+    cluster, asked = reduced_by_an_earlier_controller()
+    cluster.tell(GATEWAY, msgspec.structs.replace(asked, steps_now=4))
+    assert heard(cluster, m.SetSteps) == [m.SetSteps(session_id=sid(1), steps=2)]
+    cluster.gateway.clear()
+    cluster.tell(GATEWAY, msgspec.structs.replace(asked, op_id=next(_ops)))
+    assert heard(cluster, m.SetSteps) == [], "it has heard it"

@@ -356,6 +356,15 @@ def test_the_controller_hears_when_the_next_chunk_is_due_and_again_when_that_cha
     assert (paused.active, paused.due_s) == (False, None)
 
 
+def test_a_controller_that_starts_hears_which_steps_a_session_runs_on() -> None:
+    gateway = Gateway().open()
+    gateway.controller(m.SetSteps(session_id=SID, steps=2))
+    gateway.take(gateway.logic.controller_connected(gateway.now_s))
+    said = told(gateway, m.CreateSession)[-1]
+    assert (said.adopt, said.steps_now) == (True, 2)
+    assert said.steps == told(gateway, m.CreateSession)[0].steps != 2, "what it is restored to"
+
+
 def test_the_controller_hears_what_viewers_got_at_most_so_often() -> None:
     gateway = Gateway().open()
     assert told(gateway, m.ChunksDelivered) == [m.ChunksDelivered(chunks=0, reduced=0, late=0)]

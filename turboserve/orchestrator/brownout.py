@@ -30,12 +30,13 @@ def adjust(view: ClusterView, sv: Survey, now_s: float, any_reduced: bool) -> tu
     rest_s = np.maximum(0.0, view.workers.busy_until_s[: view.workers.count] - now_s)
     behind = sv.slack_s - rest_s < profile.load_latency(profile.capacity) + MARGIN_S
     suspects = behind | (sv.active_on > profile.capacity)
-    if not any_reduced and not suspects.any():
-        return [], None, False
     s = view.sessions
     n = s.count
-    where = np.where(s.target[:n] >= 0, s.target[:n], s.worker[:n])
     fewer_at_all = (s.steps[:n] < s.steps_full[:n]) & (s.state[:n] > 0)
+    # Sessions may be reduced that no tick of ours reduced: a controller before this one did.
+    if not any_reduced and not suspects.any() and not fewer_at_all.any():
+        return [], None, False
+    where = np.where(s.target[:n] >= 0, s.target[:n], s.worker[:n])
     reduced_on = np.zeros(view.workers.count, np.bool_)
     reduced_on[where[fewer_at_all & (where >= 0) & s.active[:n]]] = True
     look_s: float | None = None

@@ -92,7 +92,7 @@ class ControllerAdmin(ControllerFleet):
             self._ask_again(asked_before, now_s)
             self._added(asked.op_id, [worker_id for _, worker_id in asked_before], fixed)
             return
-        there = len(self.workers) + len(self.expected)
+        there = len(self._there())
         most = WORKERS_MAX if fixed else view.workers_max
         if asked.count < 1 or there + asked.count > most:
             message = f"{there} workers are here; at most {most} may be"
@@ -105,7 +105,7 @@ class ControllerAdmin(ControllerFleet):
 
     def _added(self, op_id: int, worker_ids: list[str], fixed: bool) -> None:
         if fixed:
-            self.view.workers_min = self.view.workers_max = len(self.workers) + len(self.expected)
+            self.view.workers_min = self.view.workers_max = len(self._there())
         self._answer(op_id, state="starting", message=", ".join(worker_ids))
 
     def _admin_migrate(self, asked: m.AdminCommand, live: Live, now_s: float) -> None:

@@ -7,7 +7,6 @@ from elsewhere with the cluster's token are taken in as they are, up to `JOINED_
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,7 @@ from turboserve.orchestrator import plan as plans
 from turboserve.orchestrator import view as views
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import GATEWAY, LAUNCHER, Drop, Phase, Send, Worker
-from turboserve.runtime.controller_recovery import ControllerRecovery
+from turboserve.runtime.controller_growth import ControllerGrowth
 from turboserve.session import SessionState
 
 JOINED_MAX = 64
@@ -28,7 +27,7 @@ DRAIN_S = 60.0
 """The same for one that an operator drains, whose process waits for us."""
 
 
-class ControllerFleet(ControllerRecovery):
+class ControllerFleet(ControllerGrowth):
     """Which workers there are and should be."""
 
     # ------------------------------------------------------------------ from workers
@@ -48,6 +47,8 @@ class ControllerFleet(ControllerRecovery):
             self._out += [Send(source, refusal), Drop(source, "too many workers")]
             return
         self._take_strikes_back(hello)
+        if hello.ring_fd < 0:
+            self._joined.add(hello.worker_id)
         asked_s = self.expected.pop(hello.worker_id, None)
         row = self._starting_rows.pop(hello.worker_id, None)
         if row is None and self._free_worker_rows:
@@ -234,58 +235,7 @@ class ControllerFleet(ControllerRecovery):
             for live in self.sessions.values()
         )
 
-    # ------------------------------------------------------------------ growing and shrinking
-
-    def _add_workers(
-        self,
-        count: int,
-        reason: str,
-        now_s: float,
-        record: Callable[[list[tuple[str, str]]], None] = lambda wishes: None,
-    ) -> list[str]:
-        """Ask the launcher for workers; their ids. `record` makes an operator's wish durable before it leaves: it is
-        said again to the next controller, where the tick's own is decided anew from the workers that there are."""
-        wishes = []
-        for _ in range(count):
-            number = 0
-            while (worker_id := f"w{number}") in self.workers or worker_id in self.expected:
-                number += 1
-            self._expect(worker_id, now_s)
-            self._wishes += 1
-            self._note(now_s, "worker_request", worker=worker_id, reason=reason)
-            wishes.append((f"{self.generation}-{self._wishes}", worker_id))
-        record(wishes)
-        for request_id, worker_id in wishes:
-            self._out.append(Send(LAUNCHER, m.FleetWish(request_id=request_id, kind="add", worker_id=worker_id)))
-        return [worker_id for _, worker_id in wishes]
-
-    def _ask_again(self, wishes: list[tuple[str, str]], now_s: float) -> None:
-        """The same requests as before. The launcher carries out those that it has not seen, and says of the others
-        what became of them."""
-        for request_id, worker_id in wishes:
-            self._expect(worker_id, now_s)
-            self._out.append(Send(LAUNCHER, m.FleetWish(request_id=request_id, kind="add", worker_id=worker_id)))
-
-    def _expect(self, worker_id: str, now_s: float) -> None:
-        """It is on its way: the scheduler counts it as starting."""
-        if worker_id in self.workers or worker_id in self.expected:
-            return
-        self.expected[worker_id] = now_s
-        self._starting_rows[worker_id] = views.add_worker(
-            self.view,
-            worker_id,
-            state=views.STARTING,
-            request_s=now_s,
-            ready_at_s=now_s + self.view.provision_s,
-            row=self._free_worker_rows.pop() if self._free_worker_rows else None,
-        )
-
-    def _unexpect(self, worker_id: str) -> None:
-        self.expected.pop(worker_id, None)
-        row = self._starting_rows.pop(worker_id, None)
-        if row is not None:
-            self.view.workers.state[row] = views.ABSENT
-            self._free_worker_rows.append(row)
+    # ------------------------------------------------------------------ the launcher
 
     def _release(self, action: plans.ReleaseWorker, now_s: float) -> None:
         worker_id = action.worker
@@ -298,15 +248,6 @@ class ControllerFleet(ControllerRecovery):
             self._unexpect(worker_id)
             self._wish("remove", worker_id)
 
-    def _wish(self, kind: str, worker_id: str) -> None:
-        self._wishes += 1
-        self._out.append(
-            Send(
-                LAUNCHER,
-                m.FleetWish(request_id=f"{self.generation}-{self._wishes}", kind=kind, worker_id=worker_id),
-            )
-        )
-
     def _on_FleetEvent(self, source: str, event: m.FleetEvent, now_s: float) -> None:
         """What became of a process. The controller notices a loss by its socket; this says what comes after it."""
         if source != LAUNCHER:
@@ -316,8 +257,10 @@ class ControllerFleet(ControllerRecovery):
         elif event.kind == "stopping_now":
             self._out += self.stop_now(now_s)
         elif event.kind == "started":
+            self.launched.add(event.worker_id)
             self._expect(event.worker_id, now_s)
         elif event.kind == "backing_off":
+            self.launched.add(event.worker_id)
             known = self.workers.get(event.worker_id)
             if known is not None and known.hello.pid == event.pid:
                 self._lose_worker(event.worker_id, event.reason, now_s)  # its connection's end is still under way
@@ -326,6 +269,7 @@ class ControllerFleet(ControllerRecovery):
             self._note(now_s, "backing_off", worker=event.worker_id, reason=event.reason)
             self._tick(now_s)
         elif event.kind in ("exited", "failed"):
+            self.launched.discard(event.worker_id)
             self._unexpect(event.worker_id)
             if event.worker_id in self.workers:
                 self._lose_worker(event.worker_id, event.reason or f"it exited with {event.exit_code}", now_s)

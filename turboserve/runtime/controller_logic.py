@@ -115,6 +115,7 @@ class ControllerLogic(ControllerAdmin):
             if known.adopt_by_s is None and known.record.state in (SessionState.RUNNING, SessionState.STALLED):
                 self._tell_placed(known)
             self._tell_session(known)
+            self._agree_on_steps(known, asked)
             self._answer_state(asked.op_id, known)
             return
         if asked.session_id in self.failed:
@@ -139,6 +140,7 @@ class ControllerLogic(ControllerAdmin):
         live = self._add(record, asked, now_s)
         # Of a gateway that had it before: there may be a recovery point, else it is made again from the input log.
         live.began = asked.adopt or asked.next_index > 0
+        self._agree_on_steps(live, asked)
         self._tick(now_s)
         self._answer_state(asked.op_id, live)
 
@@ -147,6 +149,17 @@ class ControllerLogic(ControllerAdmin):
         self._answer(
             op_id, state=public_state(record.state).value, queue_position=self._queue_position(record.session_id)
         )
+
+    def _agree_on_steps(self, live: Live, asked: m.CreateSession) -> None:
+        """A controller that starts learns here which sessions run on reduced steps. After that its own word holds, and
+        is said again to a gateway that has missed it."""
+        steps = self.view.sessions.steps
+        if not live.steps_known:
+            live.steps_known = True
+            steps[live.row] = min(asked.steps_now, live.request.steps) or live.request.steps
+        elif asked.adopt and asked.steps_now not in (0, steps[live.row]):
+            said = m.SetSteps(session_id=asked.session_id, steps=int(steps[live.row]))
+            self._out.append(Send(GATEWAY, said))
 
     def _add(self, record: SessionRecord, asked: m.CreateSession, now_s: float) -> Live:
         row = views.add_session(
@@ -242,6 +255,7 @@ class ControllerLogic(ControllerAdmin):
                     self._suspend(live, "host", now_s, action.reason)
             case plans.SetSteps() if live is not None:
                 self.view.sessions.steps[live.row] = action.steps
+                live.steps_known = True
                 self._out.append(Send(GATEWAY, m.SetSteps(session_id=action.session, steps=action.steps)))
                 self._note(now_s, "set_steps", session=action.session, reason=action.reason)
             case plans.Queue():

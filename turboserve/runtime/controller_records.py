@@ -176,6 +176,8 @@ class Live:
     """A viewer wants chunks, as far as the gateway has said."""
     in_period: bool = False
     """The gateway has said that it is active; `wanted` may be so before."""
+    steps_known: bool = False
+    """Whether the view has the steps that its next chunk is made with; of an earlier controller the gateway says it."""
     next_index: int = 0
     due: Due | None = None
     """None while nobody wants chunks, and until the gateway has said."""

@@ -508,6 +508,8 @@ class CreateSession(Message, frozen=True, kw_only=True):
     width: Count
     height: Count
     steps: Count
+    steps_now: Count = 0
+    """What its next chunk is made with, where that is not `steps`: it was reduced (SetSteps). 0: nothing was said."""
     prompt: Prompt
     prompt_switch: ShortText = "swap"
     decoder: ShortText = ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from turboserve.errors import IndexOutOfRange, Overloaded, QuotaExceeded, TurboServeError
@@ -153,8 +153,8 @@ class GatewayLogic(GatewayBooks):
     def _adopt(self, session: SessionStream, now_s: float) -> None:
         if self.operations.pending(session.sid, messages.CreateSession):
             return
-        wish = replace(session.wish, steps=session.steps)
-        build = create_message(wish, adopt=True, next_index=session.next_index, epoch=session.epoch)
+        wish, index, epoch = session.wish, session.next_index, session.epoch
+        build = create_message(wish, adopt=True, next_index=index, epoch=epoch, steps_now=session.steps)
         self.operations.start(build, now_s, session.sid, lasts=True)
 
     def let_go(self, now_s: float) -> list[Effect]:

@@ -46,7 +46,7 @@ class Worker:
 
 
 def create_message(
-    wish: NewSession, *, adopt: bool = False, next_index: int = 0, epoch: int = 0
+    wish: NewSession, *, adopt: bool = False, next_index: int = 0, epoch: int = 0, steps_now: int = 0
 ) -> Callable[[int], messages.Message]:
     """The controller's order for a session, once its operation id is known."""
     return lambda op_id: messages.CreateSession(
@@ -59,6 +59,7 @@ def create_message(
         width=wish.shape.width,
         height=wish.shape.height,
         steps=wish.steps,
+        steps_now=steps_now,
         prompt=wish.prompt,
         prompt_switch=wish.prompt_switch,
         decoder=wish.decoder,

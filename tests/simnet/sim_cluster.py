@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import signal
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from sim_gateway import SimGateway
 from sim_model import Oracle
+from sim_moments import Moments
 from sim_store import POINT_BYTES, Arena, CrashNow, SimDirectory, SimLog
 from sim_worker import CHUNK_S, SimWorker
 from sim_world import Channel, Links, Process, Violation, World
@@ -22,7 +22,7 @@ from turboserve.runtime.cluster import SeenWishes
 from turboserve.runtime.controller_books import GATEWAY, Drop, DropFile, DropHost, DropPoints, Load, Send, Spill
 from turboserve.runtime.controller_logic import ControllerLogic
 from turboserve.runtime.controller_storage import StoredBytes
-from turboserve.runtime.controller_suspects import QUARANTINED, STRIKES_MAX
+from turboserve.runtime.controller_suspects import QUARANTINED
 
 LAUNCHER = "launcher"
 HOME = "node"
@@ -65,6 +65,8 @@ class SimController(Process):
         self.to_launcher: Callable[[m.FleetWish], None] = lambda wish: None
         self.dies_at_wish = False
         """It dies once it has asked the launcher for a worker, and answers nobody."""
+        self.dies_at_quarantine = False
+        """It dies once the directory has a session's end for killing workers, and nobody has heard of it."""
         self.add_ops: set[int] = set()
         """Wishes for a worker that this controller or one before it has heard."""
         self._channels: dict[str, Channel] = {}
@@ -139,6 +141,10 @@ class SimController(Process):
                     return
                 if isinstance(effect.message, m.SessionState) and effect.message.reason.endswith(QUARANTINED):
                     self.on_quarantine(effect.message.session_id)
+                    if self.dies_at_quarantine:
+                        self.dies_at_quarantine = False
+                        self.on_crash()
+                        return
                 if channel := self._channels.get(effect.to):
                     channel.send(self, effect.message)
 
@@ -223,14 +229,14 @@ class Cluster:
         self.gone: set[str] = set()
         self.seen = SeenWishes()
         self.added = 0
-        self.died_with: Counter[str] = Counter()
-        """How many workers died while they made a chunk of a session."""
         self.faults_on = True
         self._count = 0
         self.controller.on_crash = lambda: self.kill(self.controller)
         self.controller.to_launcher = self._wish
         self.controller.on_start = self._tell_present
-        self.controller.on_quarantine = self._quarantined
+        self.moments = Moments(world, self)
+        self.controller.on_quarantine = self.moments.quarantined
+        self.directory.on_insert = self.moments.inserted
         self.gateway.connect = self._gateway_to_controller
         self.gateway.on_accept = self._accepted
         self.arena.on_commit = self._point
@@ -250,6 +256,8 @@ class Cluster:
         worker.connect = self._worker_to
         worker.on_exit = self._exited
         worker.on_emit = self._emitted
+        worker.on_begin = self.moments.begun
+        worker.on_made = self.moments.made
         worker.peer_at = self._peer_at
         if name[0] == "j":
             worker.new_arena = self._new_arena
@@ -316,16 +324,15 @@ class Cluster:
         for one in self.serving:
             self._tell(one.name, "started")
 
-    def kill(self, process: Process) -> None:
-        """kill -9, and the launcher starts it again."""
+    def kill(self, process: Process, code: int = -signal.SIGKILL, by: str = "") -> None:
+        """It dies, from outside or by a chunk of session `by`, and the launcher starts it again."""
         if not process.alive:
             return
         self.world.note("kill", process.name)
         process.die()
         if isinstance(process, SimWorker):
-            at_work = tuple(sid for sid, held in process.engine.held.items() if held.work is not None)
-            self.died_with.update(at_work)
-            self._tell(process.name, "backing_off", -signal.SIGKILL, process.life, at_work)
+            at_work = self.moments.died(process, code, by)
+            self._tell(process.name, "backing_off", code, process.life, at_work)
             self.world.at(0.3 + self.world.rng.random(), lambda: self._start(process))
         else:
             restart: Any = process
@@ -352,7 +359,9 @@ class Cluster:
             if worker is None:
                 self._count_add()
                 self.add_worker(wish.worker_id)
-            elif wish.worker_id in self.gone:
+            elif wish.worker_id not in self.gone:
+                raise Violation(f"I9 a wish for a worker names {wish.worker_id}, which is there: none is added")
+            else:
                 self._count_add()
                 self.gone.discard(wish.worker_id)
                 self.world.at(0.2, lambda: self._start(worker))
@@ -360,11 +369,6 @@ class Cluster:
             worker.call(worker.terminate)()
         elif wish.kind == "kill" and worker is not None:
             self.kill(worker)
-
-    def _quarantined(self, sid: str) -> None:
-        """I8: a session that is given up for killing workers had its chunk in work at as many deaths."""
-        if self.died_with[sid] < STRIKES_MAX:
-            raise Violation(f"I8 a session is quarantined after {self.died_with[sid]} deaths in its chunks")
 
     def _count_add(self) -> None:
         """I9: one worker for each wish for one, however often controllers heard it."""

@@ -337,6 +337,7 @@ class Schedule:
         cluster.arena.full = False
         cluster.directory.crash_in = 0
         cluster.controller.dies_at_wish = False
+        cluster.moments.end()
         for process in (*cluster.workers.values(), cluster.gateway, cluster.controller):
             process.cont()
         for worker in cluster.workers.values():

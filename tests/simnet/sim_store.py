@@ -106,6 +106,7 @@ class SimDirectory:
         self.wishes: dict[int, list[tuple[str, str]]] = {}
         self.crash_in = 0
         self.ended: set[str] = set()
+        self.on_insert: Callable[[str], None] = lambda sid: None
 
     def _write(self, write: Callable[[], Any]) -> Any:
         if self.crash_in:
@@ -120,6 +121,7 @@ class SimDirectory:
         if record.session_id in self.rows:
             raise Conflict(f"session {record.session_id} exists already")
         copy = SessionRecord(**{name: getattr(record, name) for name in _FIELDS})
+        self.on_insert(record.session_id)
         self._write(lambda: self.rows.__setitem__(record.session_id, Row(copy, request)))
 
     def own(self, session_id: str, seen_epoch: int, owner: str | None, state: SessionState) -> int:

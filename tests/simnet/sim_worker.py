@@ -170,6 +170,7 @@ class ToyEngine:
         self.worker.oracle.check_begin(sid, request.chunk_index, request.steps, control.version, control.prompt)
         held.turn += 1
         turn = held.turn
+        self.worker.on_begin(self.worker, sid)
         took_s = 0.03 + self.world.rng.random() * 0.05 + 0.02 * len(self.held)
         self.worker.later(took_s * self.worker.slowness, lambda: self._finish(sid, turn))
 
@@ -253,6 +254,8 @@ class SimWorker(Process):
         self.ring_full_until_s = 0.0
         self.connect: Callable[[SimWorker, str], Channel | None] = lambda worker, to: None
         self.on_exit: Callable[[SimWorker, int, str], None] = lambda worker, code, reason: None
+        self.on_begin: Callable[[SimWorker, str], None] = lambda worker, sid: None
+        self.on_made: Callable[[SimWorker, Callable[[], None]], None] = lambda worker, go: go()
         self.on_emit: Callable[[SimWorker, e.FinishedChunk, int], None] = lambda worker, chunk, epoch: None
         self.figures_chunks: dict[str, int] = {}
         self._channels: dict[str, Channel] = {}
@@ -360,8 +363,9 @@ class SimWorker(Process):
                 case Emit() if self.encodes:
                     if self.logic.made(action) is not None:
                         self.later(0.005, lambda emit=action: self._go(emit))
+                        self.on_made(self, lambda: None)
                 case Emit():
-                    self._go(action)
+                    self.on_made(self, lambda emit=action: self._go(emit))
                 case Beat():
                     self._beat()
                 case Drop():

@@ -191,7 +191,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("place", KILLS)
+@pytest.mark.parametrize("place", [KILLS[0], *(pytest.param(one, marks=pytest.mark.soak) for one in KILLS[1:])])
 async def test_a_joined_worker_killed_in_the_midst_of_a_transfer_costs_no_chunk(
     namespace,
     tmp_path,

@@ -94,6 +94,7 @@ async def test_a_dozen_sessions_through_a_small_arena(tmp_path: Path) -> None:
         await until(empty)
 
 
+@pytest.mark.soak
 async def test_a_small_disk_gives_up_what_is_worth_least(tmp_path: Path) -> None:
     options = ("--workers", "2", "--arena-bytes", str(PARTITIONS * 6 * MIB), "--disk-bytes", str(7 * MIB))
     with start_server(tmp_path, *options) as server:
@@ -111,6 +112,7 @@ async def test_a_small_disk_gives_up_what_is_worth_least(tmp_path: Path) -> None
         assert "replay" in {row["event"] for row in (await cluster(server))["decisions"]}
 
 
+@pytest.mark.soak
 async def test_no_room_on_disk_at_all_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURBOSERVE_FAILPOINTS", "controller.spill.begun:enospc")
     with start_server(tmp_path, "--workers", "2", "--arena-bytes", str(PARTITIONS * 4 * MIB)) as server:

@@ -86,7 +86,7 @@ async def offered_again(tmp_path: Path, clients: list[Watching], expected: list[
         return await events(server)
 
 
-@pytest.mark.parametrize("pause_s", [0.05, 0.7])
+@pytest.mark.parametrize("pause_s", [0.05, pytest.param(0.7, marks=pytest.mark.soak)])
 async def test_a_server_told_twice_has_everything_on_disk(tmp_path: Path, pause_s: float) -> None:
     with start_server(tmp_path, "--workers", "2", "--shutdown-timeout", "60") as server:
         expected = await reference(server)
@@ -96,6 +96,7 @@ async def test_a_server_told_twice_has_everything_on_disk(tmp_path: Path, pause_
     assert "replay" not in await offered_again(tmp_path, clients, expected, on_disk=True)
 
 
+@pytest.mark.soak
 async def test_a_worker_that_does_not_answer_loses_its_sessions_to_the_disk(tmp_path: Path) -> None:
     """It stands still: the points it wrote as it went are what is left, and they are enough."""
     with start_server(tmp_path, "--workers", "2", "--shutdown-timeout", "60") as server:

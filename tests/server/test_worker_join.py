@@ -257,6 +257,7 @@ async def test_its_chunks_cross_the_network_encoded(namespace, tmp_path):
             await end_session(server.url, one["id"])
 
 
+@pytest.mark.soak
 async def test_a_video_is_made_on_it(namespace, tmp_path):
     """/v1/videos where the only room is on the other machine: the file's chunks come encoded, too."""
     with (

@@ -7,11 +7,17 @@ import signal
 
 import pytest
 from controller_harness import Cluster, beat, heard, running
-from test_controller_logic import GATEWAY, create, sid
+from test_controller_logic import GATEWAY, create, end, sid
 
 from turboserve.runtime import messages as m
 from turboserve.runtime.controller_books import LAUNCHER
-from turboserve.runtime.controller_suspects import STRIKE_CHUNKS, STRIKES_MAX, VERDICT_S
+from turboserve.runtime.controller_suspects import (
+    STRIKE_CHUNKS,
+    STRIKES_GRAVE,
+    STRIKES_IN_COMPANY,
+    STRIKES_MAX,
+    VERDICT_S,
+)
 from turboserve.session import SessionState
 
 
@@ -198,3 +204,98 @@ def test_the_launcher_may_be_heard_before_the_connection_ends():
     cluster.tell(LAUNCHER, event)  # the same word again changes nothing
     cluster.settle()
     assert (cluster.state(1), strikes(cluster, 1)) == (SessionState.RUNNING, 1)
+
+
+def one_worker(sessions: int) -> Cluster:
+    """Local, and with no other worker to go to."""
+    cluster = Cluster(local=True)
+    cluster.start("w0")
+    cluster.settle()
+    for number in range(1, sessions + 1):
+        cluster.tell(GATEWAY, create(number))
+    cluster.settle()
+    return cluster
+
+
+def again(cluster: Cluster, code: int, *in_work: int) -> None:
+    """The only worker dies in chunks of these sessions, and is started again."""
+    cluster.die("w0", code, tuple(sid(number) for number in in_work))
+    cluster.settle()
+    cluster.start("w0")
+    cluster.settle()
+    for _ in range(60):
+        if all(one.record.owner for one in cluster.logic.sessions.values()):
+            return
+        cluster.wait(0.25)
+    raise AssertionError("a session gets no worker")
+
+
+def test_one_that_was_not_in_work_is_not_given_up_for_what_another_one_did():
+    cluster = one_worker(sessions=2)
+    for _ in range(STRIKES_GRAVE):
+        again(cluster, -signal.SIGKILL, 1)
+    assert (strikes(cluster, 1), strikes(cluster, 2)) == (STRIKES_GRAVE, 0)
+    assert cluster.owner(1) == cluster.owner(2) == "w0", "there is no other one"
+    again(cluster, -signal.SIGSEGV, 2)
+    assert (strikes(cluster, 1), strikes(cluster, 2)) == (STRIKES_GRAVE, 1), "a crash may be late, and may be not"
+    cluster.active(2, False)
+    cluster.die("w0", -signal.SIGSEGV)
+    assert sid(1) not in cluster.logic.sessions, "nobody was in work, and it alone wanted chunks"
+
+
+def test_in_company_it_is_given_up_only_at_the_fifth_death():
+    cluster = one_worker(sessions=1)
+    for deaths in range(1, STRIKES_IN_COMPANY + 1):
+        number = deaths + 1
+        cluster.tell(GATEWAY, create(number))
+        for _ in range(60):
+            if cluster.owner(1) == cluster.owner(number) == "w0":
+                break
+            cluster.wait(0.25)
+        cluster.die("w0", -signal.SIGKILL, (sid(1), sid(number)))
+        assert (sid(1) in cluster.logic.sessions) == (deaths < STRIKES_IN_COMPANY)
+        cluster.tell(GATEWAY, end(number))
+        cluster.start("w0")
+        cluster.settle()
+
+
+def test_whoever_shared_the_deaths_of_one_that_is_given_up_is_cleared_of_them():
+    cluster = one_worker(sessions=2)
+    again(cluster, -signal.SIGSEGV, 1, 2)
+    again(cluster, -signal.SIGKILL, 2)
+    assert (strikes(cluster, 1), strikes(cluster, 2)) == (1, 2)
+    again(cluster, -signal.SIGSEGV, 2)
+    assert sid(2) not in cluster.logic.sessions
+    assert strikes(cluster, 1) == cluster.store.rows[sid(1)][3] == 0
+    assert cluster.state(1) is SessionState.RUNNING
+
+
+def test_a_chunk_that_nobody_wants_any_more_may_still_be_the_one():
+    cluster = one_worker(sessions=1)
+    for code in (-signal.SIGKILL, -signal.SIGSEGV):
+        cluster.active(1, False)
+        cluster.die("w0", code, (sid(1),))
+        cluster.start("w0")
+        cluster.active(1, True)
+        cluster.settle()
+    assert strikes(cluster, 1) == 2
+    cluster.active(1, False)
+    cluster.die("w0", -signal.SIGSEGV)
+    assert strikes(cluster, 1) == 2, "it was not in work, and no viewer wanted chunks"
+
+
+def test_nobody_is_put_beside_a_grave_suspect_while_a_restart_may_help():
+    cluster = one_worker(sessions=2)
+    for _ in range(STRIKES_GRAVE):
+        again(cluster, -signal.SIGKILL, 1)
+    cluster.start("w1")
+    cluster.settle()
+    cluster.active(2, False)
+    cluster.die("w0", -signal.SIGKILL)
+    cluster.settle()
+    cluster.active(2, True)
+    cluster.settle()
+    assert (cluster.owner(1), cluster.owner(2)) == ("w1", None), "the other one waits for a worker"
+    cluster.start("w0")
+    cluster.wait(0.5)
+    assert (cluster.owner(1), cluster.owner(2)) == ("w1", "w0")

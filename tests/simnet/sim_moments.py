@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sim_world import Violation, World
 
-from turboserve.runtime.controller_suspects import STRIKES_MAX
+from turboserve.runtime.controller_suspects import STRIKES_IN_COMPANY, STRIKES_MAX
 from turboserve.session import SessionState
 
 if TYPE_CHECKING:
@@ -27,6 +27,17 @@ ENDLESS = 1 << 30
 _NOT_AT_WORK = frozenset(
     {SessionState.QUEUED, SessionState.RECOVERING, SessionState.HOST, SessionState.DISK, SessionState.CLOSING}
 )
+
+
+class Death(NamedTuple):
+    """A worker's, as one of its sessions had part in it."""
+
+    by: str
+    """The session that brought it about; "" from outside."""
+    in_work: bool
+    """A chunk of this one was in work, or of none."""
+    life: int
+    """The controller's, at that moment."""
 
 
 class Moments:
@@ -45,12 +56,11 @@ class Moments:
         """Those of which every worker died, until the faults ended."""
         self.stops_s: dict[str, float] = {}
         """Worker -> how long it will stand still when it has made its next chunk."""
-        self.deaths: Counter[str] = Counter()
-        """Workers that died while they had a chunk of a session in work, or held it, where they were not killed by
+        self.deaths: dict[str, list[Death]] = defaultdict(list)
+        """Session -> the deaths of workers that had a chunk of it in work, or held it, where they were not killed by
         SIGKILL; since the directory has the session."""
-        self.from_outside: Counter[str] = Counter()
-        """Those of them that this session had not brought about."""
-        self.quarantined_once: set[str] = set()
+        self.quarantined_once: dict[str, int] = {}
+        """Session -> the controller's life in which it was."""
         self.forgotten = False
         """A poison came again as a new session: the controller that gave it up died before anybody heard of it, and
         the next one counts from nothing (a known gap). It may take others with it."""
@@ -132,8 +142,8 @@ class Moments:
         at_work = tuple(sid for sid, one in held.items() if one.work is not None)
         touched = at_work if code == -signal.SIGKILL else tuple(held)
         for sid in touched:
-            self.deaths[sid] += 1
-            self.from_outside[sid] += by == ""
+            in_work = sid in at_work or not at_work
+            self.deaths[sid].append(Death(by, in_work, self.cluster.controller.life))
         if by in self.poisons and self._leaves_no_doubt(worker, by, touched):
             self._plain_death(by)
         return at_work
@@ -172,19 +182,24 @@ class Moments:
         """The directory has the session as a new one: what was known of its deaths is forgotten."""
         self.forgotten |= sid in self.quarantined_once
         self.deaths.pop(sid, None)
-        self.from_outside.pop(sid, None)
         for key in [one for one in self.plain if one[1] == sid]:
             del self.plain[key]
 
     def quarantined(self, sid: str) -> None:
-        """I8: a session that is given up for killing workers was in work at as many deaths."""
+        """I8: a session that is given up for killing workers had part in as many deaths, that are not explained by
+        another one that was given up; it was in work at the last, and has brought about one of them."""
         self.world.cover("a poison is quarantined" if sid in self.poisons else "quarantined without being one")
-        if self.deaths[sid] < STRIKES_MAX:
-            raise Violation(f"I8 a session is quarantined after {self.deaths[sid]} deaths in its chunks")
-        self.quarantined_once.add(sid)
-        if sid not in self.poisons and not self.from_outside[sid] and not self.forgotten:
-            # Known (docs/reliability.md): counted, not yet mended.
-            self.world.cover("a session is quarantined for what another one did")
+        life = self.cluster.controller.life
+        deaths = self.deaths[sid]
+        left = [one for one in deaths if one.by == sid or not self.quarantined_once.get(one.by) == one.life == life]
+        if len(left) < STRIKES_MAX:
+            raise Violation(f"I8 a session is quarantined after {len(left)} deaths in its chunks", deaths)
+        if not deaths[-1].in_work:
+            raise Violation("I8 a session is quarantined at a death of others that were in work", deaths)
+        innocent = all(one.by not in ("", sid) for one in deaths)
+        if innocent and not self.forgotten and len(left) < STRIKES_IN_COMPANY:
+            raise Violation("I8 a session is quarantined for what another one did", deaths)
+        self.quarantined_once[sid] = life
 
 
 __all__ = ["MOMENTS", "Moments"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
@@ -141,12 +143,18 @@ class Move:
 
 @dataclass(slots=True)
 class Suspected:
-    """Who was at work on a process that was lost, and the chunk that came next of each; `struck` got strikes for it."""
+    """Who was on a process that was lost, and the chunk that came next of each; of those that are `idle` nobody wanted
+    one. `struck` got strikes for it."""
 
     pid: int
     epoch: int
     sessions: dict[str, int]
+    idle: frozenset[str] = frozenset()
     struck: list[str] = field(default_factory=list)
+
+    def at_work(self, doing: Sequence[str] = ()) -> list[str]:
+        """Those that wanted chunks, or were in one (`doing`)."""
+        return [one for one in self.sessions if one not in self.idle or one in doing]
 
 
 @dataclass(slots=True)
@@ -216,7 +224,9 @@ class Live:
     anew: bool = False
     """Its recovery point is of no use: the next owner begins at chunk 0."""
     own_by_s: float | None = None
-    """Suspected twice: until then it waits for a worker of its own; None: it has not begun to wait."""
+    """Until then it waits for a worker of its own, or without a grave suspect; None: it has not begun to wait."""
     broken_index: int = -1
     strike_index: int = -1
     """The chunk that comes next after the last worker death it was in; strikes go when it is well past."""
+    struck_with: Counter[str] = field(default_factory=Counter)
+    """Other sessions, and for how many of its strikes they were struck too."""

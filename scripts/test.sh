@@ -14,4 +14,5 @@ fi
 bash scripts/lint.sh
 # Where there is a compiler the C++ frame ring must have been built; a test then fails instead of testing one twin only.
 if command -v c++ >/dev/null || command -v g++ >/dev/null; then export TURBOSERVE_EXPECT_NATIVE=1; fi
-exec .venv/bin/python -m pytest "$@"
+# Two files at a time: most of a test of real processes is waiting for them. ARGS="-n 0" runs all in one process.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

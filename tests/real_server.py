@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,3 +84,10 @@ def wait_ready(server: RunningServer, timeout_s: float = READY_S) -> None:
             pass
         time.sleep(0.05)
     pytest.fail(f"the server was not ready within {timeout_s:.0f} s:\n{server.log_text()[-4000:]}")
+
+
+async def received(peer: Any, within_s: float = 120.0) -> Any:
+    """The next message. Not by `asyncio.wait_for`: in Python 3.11 that may swallow a cancellation which comes just when
+    the message does, and a viewer that was told to leave would watch on."""
+    async with asyncio.timeout(within_s):
+        return await peer.recv()

@@ -14,6 +14,7 @@ import httpx
 import structlog
 import uvicorn
 import websockets
+from real_server import received
 from scripted_cluster import ScriptedCluster
 
 from turboserve.digest import next_digest
@@ -83,10 +84,10 @@ class Viewer:
 
     async def next(self) -> dict[str, Any]:
         """The next message; a chunk's payload is kept with it."""
-        message = json.loads(await asyncio.wait_for(self.socket.recv(), 10))
+        message = json.loads(await received(self.socket, 10))
         self.messages.append(message)
         if message["type"] == "chunk":
-            payload = await asyncio.wait_for(self.socket.recv(), 10)
+            payload = await received(self.socket, 10)
             assert len(payload) == message["bytes"]
             self.chunks.append((message, payload))
         return message

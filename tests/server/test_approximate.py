@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from real_server import REPOSITORY, start_server
+from real_server import REPOSITORY, received, start_server
 from test_fleet import ready, until, workers
 from test_real_server import open_session
 
@@ -39,7 +38,7 @@ class Headers:
             attach = {"type": "attach", "token": self.token, "next_index": len(self.chunks), "pace": "free"}
             await socket.send(json.dumps(attach))
             while count:
-                message = json.loads(await asyncio.wait_for(socket.recv(), 60))
+                message = json.loads(await received(socket))
                 assert message["type"] not in ("error", "end"), message
                 if message["type"] == "attached":
                     self.token, self.numerics_id = message["token"], message["numerics_id"]

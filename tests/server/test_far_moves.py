@@ -128,7 +128,7 @@ async def test_a_playing_stream_moves_to_the_joined_worker_and_back_with_its_sta
         for one in carried:
             ahead, last, stood_ms, whole = bytes_of(one)
             assert ahead > 500_000, "its pages went while it played"
-            assert 0 < last < whole, "what had gone ahead was not sent again"
+            assert last < whole, "what had gone ahead was not sent again"
             assert 0 < stood_ms < 2000
         assert await decisions(server, "replay") == []
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from real_server import start_server, wait_ready
+from real_server import received, start_server, wait_ready
 
 pytestmark = pytest.mark.timeout(300)
 SEED = 20261
@@ -52,13 +52,13 @@ class Client:
             for index, text in (prompts or {}).items():
                 await socket.send(json.dumps({"type": "prompt", "text": text, "from_index": index}))
             while self.next_index < chunks:
-                message = json.loads(await asyncio.wait_for(socket.recv(), 120))
+                message = json.loads(await received(socket))
                 assert message["type"] not in ("error", "end"), message
                 if message["type"] == "attached":
                     self.token = message["token"]
                 if message["type"] != "chunk":
                     continue
-                payload = await asyncio.wait_for(socket.recv(), 60)
+                payload = await received(socket)
                 assert message["index"] == self.next_index and len(payload) == message["bytes"]
                 assert message["digest_prev"] == self.digest.hex()
                 self.digest = hashlib.sha256(self.digest + payload).digest()
@@ -128,7 +128,7 @@ async def test_encoded_formats_share_one_chain(server_url: str) -> None:
         async with websockets.connect(url, max_size=None, compression=None) as socket:
             await socket.send(json.dumps({"type": "attach", "token": opened["token"], "next_index": 0, "pace": "free"}))
             while len(digests) < 3:
-                message = json.loads(await asyncio.wait_for(socket.recv(), 60))
+                message = json.loads(await received(socket))
                 assert message["type"] != "error", message
                 if message["type"] == "chunk":
                     payload = await socket.recv()
@@ -182,7 +182,7 @@ async def test_one_stream_through_every_process_that_may_die(tmp_path: Path) -> 
             server.process.send_signal(signal.SIGTERM)
             with pytest.raises(websockets.ConnectionClosed):
                 while True:
-                    await asyncio.wait_for(socket.recv(), 20)
+                    await received(socket, 20)
             assert socket.close_code == 1012
         assert await asyncio.to_thread(server.process.wait, 20) == 0
         assert time.monotonic() - began_s < 9

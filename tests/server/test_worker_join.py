@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import websockets
 from click.testing import CliRunner
-from real_server import REPOSITORY, RunningServer, start_server
+from real_server import REPOSITORY, RunningServer, received, start_server
 from test_real_server import Client, end_session, open_session
 
 from turboserve.cli.worker import address, command
@@ -141,14 +141,14 @@ class FormatClient:
             attach = {"type": "attach", "token": self.token, "next_index": self.next_index, "pace": "free"}
             await socket.send(json.dumps(attach | {"format": format}))
             while len(data) < chunks:
-                message = json.loads(await asyncio.wait_for(socket.recv(), 120))
+                message = json.loads(await received(socket))
                 assert message["type"] not in ("error", "end"), message
                 if message["type"] == "attached":
                     self.token = message["token"]
                     assert format != "mp4" or "avc1" in message["mime"]
                 if message["type"] != "chunk":
                     continue
-                payload = await asyncio.wait_for(socket.recv(), 60)
+                payload = await received(socket)
                 assert len(payload) == message["bytes"] and message["format"] == format
                 if message.get("init"):
                     assert format == "mp4" and message["index"] == -1 and not data

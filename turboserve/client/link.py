@@ -104,7 +104,8 @@ class Link:
         self._pending[event_id] = pending
         try:
             await self._send_prompt(event_id, pending)
-            return await asyncio.wait_for(pending.answer, timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may swallow the caller's cancellation
+                return await pending.answer
         except TimeoutError:
             raise failures.unreachable(self.url, f"no answer to a prompt within {timeout_s:g} s") from None
         finally:

@@ -167,6 +167,7 @@ class SimController(Process):
             {sid: {0: bytes_} for sid, bytes_ in points.items()},
             files,
             {"disk_total_bytes": disk, "disk_used_bytes": sum(files.values())},
+            frozenset(sid for sid in files if self.arena.newer(sid)),
         )
         self.later(0.02, lambda: self._guard(lambda: self.logic.stored_bytes(found, self.world.now_s)))
 

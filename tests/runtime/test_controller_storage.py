@@ -28,7 +28,7 @@ def suspended(count: int):
     return cluster
 
 
-def counted(cluster, total: int, disk_total: int = 10_000, hosts=None, files=None) -> StoredBytes:
+def counted(cluster, total: int, disk_total: int = 10_000, hosts=None, files=None, newer=()) -> StoredBytes:
     """What the points' thread would count: BYTES for each session in host memory, in partition 1."""
     live = cluster.logic.sessions.values()
     hosts = [one.record.session_id for one in live if one.record.state is SessionState.HOST] if hosts is None else hosts
@@ -38,6 +38,7 @@ def counted(cluster, total: int, disk_total: int = 10_000, hosts=None, files=Non
         {one: {1: BYTES} for one in hosts},
         files,
         {"disk_total_bytes": disk_total, "disk_used_bytes": sum(files.values())},
+        frozenset(newer),
     )
 
 
@@ -199,6 +200,30 @@ def test_a_copy_that_nobody_waits_for_goes_without_being_written():
     assert [one.session_id for one in effects if isinstance(one, DropHost)] == [sid(1)] and not spills(effects)
     cluster.active(1, True)
     assert cluster.logic.sessions[sid(1)].loading, "read back again"
+
+
+def test_a_newer_point_that_a_worker_wrote_late_is_kept_and_goes_to_disk_in_its_turn():
+    """Its worker was cut off: it went on for a while after the session had been taken from it and its point spilled."""
+    cluster = suspended(1)
+    count(cluster, 50)
+    cluster.carry_out(cluster.logic.spilled(sid(1), 90, cluster.now_s))
+    effects = count(cluster, 50, hosts=[sid(1)], newer=[sid(1)])
+    assert not any(isinstance(one, DropHost) for one in effects)
+    live = cluster.logic.sessions[sid(1)]
+    assert (cluster.state(1), live.point_bytes) == (SessionState.HOST, BYTES)
+    assert spills(effects) == [] and spills(count(cluster, 50)) == [sid(1)]
+    after = cluster.logic.spilled(sid(1), 95, cluster.now_s)
+    assert [one.session_id for one in after if isinstance(one, DropHost)] == [sid(1)] and live.disk_bytes == 95
+
+
+def test_a_point_that_comes_late_of_a_session_that_has_none_is_kept():
+    """The one on disk was given up for another's, and its chunks were to be made again from the input log."""
+    cluster = suspended(1)
+    count(cluster, 50)
+    cluster.carry_out(cluster.logic.spilled(sid(1), 90, cluster.now_s))
+    cluster.logic.sessions[sid(1)].disk_bytes = 0
+    effects = count(cluster, 1000, hosts=[sid(1)], files={})
+    assert not any(isinstance(one, DropHost) for one in effects) and cluster.state(1) is SessionState.HOST
 
 
 def test_a_session_whose_worker_has_no_room_for_its_point_is_not_asked_again_at_once():

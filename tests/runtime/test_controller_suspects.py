@@ -57,6 +57,23 @@ def test_good_chunks_clear_a_session_of_suspicion():
     assert cluster.state(1) is SessionState.RUNNING
 
 
+def test_good_chunks_clear_it_also_under_a_controller_that_was_not_there():
+    cluster = running("w0")
+    cluster.start("w1")
+    cluster.settle()
+    cluster.kill("w0")
+    cluster.settle()
+    cluster.restart_controller()
+    cluster.settle()
+    assert cluster.logic.sessions[sid(1)].record.strikes == 1
+    cluster.wait(0.25 * (STRIKE_CHUNKS - 1))
+    beat(cluster, cluster.owner(1))
+    assert cluster.logic.sessions[sid(1)].record.strikes == 1, "it has not made enough since that one knows it"
+    cluster.wait(0.25)
+    beat(cluster, cluster.owner(1))
+    assert cluster.logic.sessions[sid(1)].record.strikes == 0
+
+
 def test_two_that_died_together_twice_are_kept_apart_until_one_is_found_out():
     cluster = running("w0", sessions=2)
     cluster.start("w1")

@@ -384,6 +384,23 @@ def test_a_move_given_up_goes_on_at_the_source_under_the_newer_epoch():
     assert stale.message.code == "stale_epoch"
 
 
+def test_a_chunk_whose_emit_was_of_an_ended_epoch_holds_nothing_back_after_an_adoption():
+    """Each chunk is made between the stop and the adoption: its emit is of an epoch that is over when it would leave,
+    and a gateway that holds the chunk from a former owner does not ask for it again."""
+    logic = opened()
+    for index, epoch in enumerate(range(1, KEPT_CHUNKS + 1)):
+        assert kinds(logic.on_message(GATEWAY, credit(index, epoch=epoch), 0.2)) == ["Begin"]
+        logic.on_message(CONTROLLER, hand_over(epoch=epoch, move_id=epoch), 0.2)
+        [emit] = logic.on_engine(made(index), epoch, 0.3)
+        logic.on_message(CONTROLLER, open_session(epoch=epoch + 1, adopt=True), 0.3)
+        assert logic.may_emit(emit, 0.3) is None
+        logic.on_engine(e.Opened(SID, index + 1, adopted=True), epoch + 1, 0.4)
+    # It may still ask for the last of them, and it may ask for the next one.
+    [again] = logic.on_message(GATEWAY, credit(KEPT_CHUNKS - 1, epoch=KEPT_CHUNKS + 1), 0.5)
+    assert isinstance(again, Emit) and logic.may_emit(again, 0.5) is not None
+    assert kinds(logic.on_message(GATEWAY, credit(KEPT_CHUNKS, epoch=KEPT_CHUNKS + 1), 0.5)) == ["Begin"]
+
+
 def test_adopting_what_is_not_held_is_refused_unless_it_may_be_restored():
     logic = connected()
     [refused] = logic.on_message(CONTROLLER, open_session(adopt=True), 0.2)

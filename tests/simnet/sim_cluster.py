@@ -167,6 +167,7 @@ class SimController(Process):
             {sid: {0: bytes_} for sid, bytes_ in points.items()},
             files,
             {"disk_total_bytes": disk, "disk_used_bytes": sum(files.values())},
+            frozenset(sid for sid in files if self.arena.newer(sid)),
         )
         self.later(0.02, lambda: self._guard(lambda: self.logic.stored_bytes(found, self.world.now_s)))
 
@@ -206,8 +207,13 @@ class SimController(Process):
             del self._channels[name]
             self._guard(lambda: self.logic.on_disconnect(name, self.world.now_s))
 
-    def hear_launcher(self, event: m.FleetEvent) -> None:
-        self.later(0.005, lambda: self._guard(lambda: self.logic.on_message(LAUNCHER, event, self.world.now_s)))
+    def hear(self, event: m.FleetEvent) -> None:
+        """The launcher's word."""
+        if self.alive:
+            self._guard(lambda: self.logic.on_message(LAUNCHER, event, self.world.now_s))
+
+    def hear_soon(self, event: m.FleetEvent) -> None:
+        self.later(0.005, lambda: self.hear(event))
 
 
 class Cluster:
@@ -317,12 +323,13 @@ class Cluster:
     def _tell(self, worker_id: str, kind: str, code: int = 0, pid: int = 0, at_work: tuple[str, ...] = ()) -> None:
         if self.controller.alive:
             event = m.FleetEvent(worker_id=worker_id, kind=kind, pid=pid, exit_code=code, at_work=at_work)
-            self.controller.hear_launcher(event)
+            self.controller.hear_soon(event)
 
     def _tell_present(self) -> None:
-        """What a new controller hears first (runtime/cluster.py)."""
+        """What a new controller hears first: it lies in the link before the controller starts (runtime/cluster.py), and
+        is read before any peer has shaken hands (runtime/control_loop.py)."""
         for one in self.serving:
-            self._tell(one.name, "started")
+            self.controller.hear(m.FleetEvent(worker_id=one.name, kind="started"))
 
     def kill(self, process: Process, code: int = -signal.SIGKILL, by: str = "") -> None:
         """It dies, from outside or by a chunk of session `by`, and the launcher starts it again."""

@@ -64,8 +64,18 @@ class Arena:
         self.disk[sid] = self.points[sid]
         return POINT_BYTES
 
+    def newer(self, sid: str) -> bool:
+        """Whether memory has a newer point than the disk, where both have one (runtime/controller_points.py)."""
+        point, file = self.points.get(sid), self.disk.get(sid)
+        if point is None or file is None:
+            return False
+        return (point.epoch, point.next_index) > (file.epoch, file.next_index)
+
     def drop_host(self, sid: str) -> None:
-        """The disk has it too."""
+        """The disk has it too. A newer one stays."""
+        if self.newer(sid):
+            self.world.cover("a point written late stays")
+            return
         if sid in self.points and self.disk.get(sid) != self.points[sid] and not self.elsewhere(sid):
             raise Violation("I6 the only copy of a point is freed")
         self.points.pop(sid, None)

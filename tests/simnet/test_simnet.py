@@ -14,7 +14,7 @@ from sim_run import Schedule, run_seed
 from simnet import hunt
 
 SEEDS = range(120)
-ONCE_FAILED = (14, 30, 86, 118, 1093, 1592, 1606, 4182, 5200, 30195)
+ONCE_FAILED = (14, 30, 86, 118, 251, 427, 537, 1093, 1592, 1606, 4182, 5200, 30195)
 """Schedules that found a bug. A change of the logic or the world makes them other schedules; they stay anyway."""
 QUICK = {
     "credit_before_inputs_are_durable": 3,

@@ -127,7 +127,8 @@ class ControllerOpening(ControllerStorage, ControllerView):
             self._note(now_s, "replay", worker=worker_id, session=opened.session_id, reason=reason)
         self._lies_on(live, self.workers[worker_id].hello.node)
         live.brings_failed, live.told_other_bits = 0, False
-        if live.record.strikes and opened.restored:
+        if live.record.strikes and (opened.restored or live.strike_index < 0):
+            # Of strikes under an earlier controller nobody knows the chunk: what is made from here on has to do.
             live.strike_index = opened.next_index
         live.move, live.adopt_by_s, live.retry_at_s = None, None, None
         live.refusals, live.avoid, live.anew, live.own_by_s = 0, "", False, None

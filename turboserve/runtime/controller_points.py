@@ -14,7 +14,7 @@ from typing import Any
 
 from turboserve.errors import ArenaFull, NotFound, PoolExhausted, TurboServeError
 from turboserve.orchestrator.eviction import Partition
-from turboserve.runtime.arena import Arena
+from turboserve.runtime.arena import KIND_POINT, Arena
 from turboserve.runtime.controller_storage import StoredBytes
 from turboserve.runtime.failpoints import failpoint
 from turboserve.runtime.recovery_store import RecoveryStore
@@ -61,8 +61,8 @@ class ControllerPoints:
         self._thread.submit(self._guarded, self._files.drop, session_id)
 
     def drop_host(self, session_id: str) -> None:
-        """What is in the arena lies on disk too."""
-        self._thread.submit(self._guarded, self._store.drop, session_id)
+        """What is in the arena lies on disk too. A newer point stays: a worker that was cut off may write late."""
+        self._thread.submit(self._guarded, self._drop_host, session_id)
 
     def spill(self, session_id: str, done: Done) -> None:
         """`done(session, bytes on disk, why)`; 0 bytes: it stays where it is. The arena keeps its copy."""
@@ -94,6 +94,19 @@ class ControllerPoints:
     def _drop(self, session_id: str) -> None:
         self._store.drop(session_id)
         self._files.drop(session_id)
+
+    def _drop_host(self, session_id: str) -> None:
+        if not self._is_newer(session_id):
+            self._store.drop(session_id)
+
+    def _is_newer(self, session_id: str) -> bool:
+        """Whether the arena has a newer point than the session's file; False where there is none."""
+        on_disk = self._files.newest(session_id)
+        extents = self._store.arena.find(session_id, kind=KIND_POINT)
+        if on_disk is None or not extents or (extents[0].epoch, extents[0].chunk) <= on_disk:
+            return False
+        point = self._store.latest(session_id)  # all of its bytes are read: it is one that can be used
+        return point is not None and (point.epoch, point.chunk) > on_disk
 
     def _spill(self, session_id: str, done: Done) -> None:
         bytes_, why = 0, "failed"
@@ -148,4 +161,6 @@ class ControllerPoints:
             "disk_total_bytes": self._files.bytes_max,
         }
         partitions = tuple(Partition(one.total_bytes, one.total_bytes - one.free_bytes) for one in ledgers)
-        self._post(done, StoredBytes(partitions, self._store.shares(), files, totals))
+        shares = self._store.shares()
+        newer = frozenset(one for one in files if one in shares and self._is_newer(one))
+        self._post(done, StoredBytes(partitions, shares, files, totals, newer))

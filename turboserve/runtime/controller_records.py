@@ -59,7 +59,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class DropHost:
-    """The directory says that the session's point is on disk: the copy in the arena may go."""
+    """The directory says that the session's point is on disk: the copy in the arena may go, if it is not newer."""
 
     session_id: str
     to: str = ""

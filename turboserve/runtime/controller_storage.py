@@ -33,6 +33,8 @@ class StoredBytes:
     shares: dict[str, dict[int, int]] = field(default_factory=dict)
     disk_sessions: dict[str, int] = field(default_factory=dict)
     totals: dict[str, int] = field(default_factory=dict)
+    newer: frozenset[str] = frozenset()
+    """Sessions on disk of which the arena has a newer point: a worker that was cut off wrote it late."""
 
 
 class ControllerStorage(ControllerBooks):
@@ -80,7 +82,12 @@ class ControllerStorage(ControllerBooks):
                 continue
             if live.wanted:
                 continue
-            if live.record.state is SessionState.DISK:
+            if live.record.state is SessionState.DISK and (session_id in found.newer or not live.disk_bytes):
+                # What it goes on from lies here again, and may go to disk in its turn.
+                live.point_bytes = sum(share.values())
+                self._move(live, SessionState.HOST, live.record.reason)
+                self._tell_session(live)
+            elif live.record.state is SessionState.DISK:
                 # The arena's copy of what is on disk as well: gone by now, or left by whoever read it back in vain.
                 live.point_bytes = 0
                 self._out.append(DropHost(session_id))

@@ -151,8 +151,6 @@ class ControllerSuspects(ControllerMoves):
         if live.move is not None:
             return
         live.next_index = max(live.next_index, next_index)
-        if live.record.strikes and live.strike_index < 0:
-            live.strike_index = next_index  # an earlier controller knew it
         if live.record.strikes and next_index >= live.strike_index + STRIKE_CHUNKS:
             live.record.strikes, live.strike_index = 0, -1
             live.struck_with.clear()

@@ -126,16 +126,7 @@ class SpillDirectory:
         with file:
             self._verify(file, session)
             file.seek(0)
-            magic, manifest_bytes = _HEAD.unpack(_read_exactly(file, _HEAD.size, session))
-            if magic != MAGIC or manifest_bytes > MANIFEST_BYTES_MAX:
-                raise CorruptState(f"the file of session {session} is no spilled session")
-            packed = _read_exactly(file, manifest_bytes, session)
-            try:
-                manifest = msgspec.msgpack.decode(packed, type=PointManifest)
-            except msgspec.MsgspecError as error:
-                raise CorruptState(f"the manifest of session {session}: {error}") from None
-            if manifest.session != session:
-                raise CorruptState(f"the file of session {session} holds {manifest.session}")
+            packed, manifest = _read_manifest(file, session)
             incoming = IncomingPoint(store)
             try:
                 targets = incoming.place(Offer(packed, manifest.sizes))
@@ -150,6 +141,18 @@ class SpillDirectory:
                 if isinstance(error, ProtocolError):
                     raise CorruptState(f"the manifest of session {session}: {error}") from None
                 raise
+
+    def newest(self, session: str) -> tuple[int, int] | None:
+        """Epoch and chunk of the point in a session's file, as its head says: `load` verifies. None without a file or a
+        head that can be read."""
+        if session not in self._sizes:
+            return None
+        try:
+            with self._file(session).open("rb", buffering=0) as file:
+                _, manifest = _read_manifest(file, session)
+        except (OSError, CorruptState):
+            return None
+        return manifest.epoch, manifest.chunk
 
     def drop(self, session: str) -> int:
         """Deletes a session's file, durably; its bytes, 0 when there is none."""
@@ -189,6 +192,21 @@ class SpillDirectory:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _read_manifest(file: BinaryIO, session: str) -> tuple[bytes, PointManifest]:
+    """From where a file begins; packed as well."""
+    magic, manifest_bytes = _HEAD.unpack(_read_exactly(file, _HEAD.size, session))
+    if magic != MAGIC or manifest_bytes > MANIFEST_BYTES_MAX:
+        raise CorruptState(f"the file of session {session} is no spilled session")
+    packed = _read_exactly(file, manifest_bytes, session)
+    try:
+        manifest = msgspec.msgpack.decode(packed, type=PointManifest)
+    except msgspec.MsgspecError as error:
+        raise CorruptState(f"the manifest of session {session}: {error}") from None
+    if manifest.session != session:
+        raise CorruptState(f"the file of session {session} holds {manifest.session}")
+    return packed, manifest
 
 
 def _write_all(file: BinaryIO, data: memoryview) -> None:

@@ -153,8 +153,9 @@ PointEvent: TypeAlias = PointAwaited | PointNotAwaited | PointSent | PointNotSen
 @dataclass(slots=True)
 class Session:
     """One session as the protocol sees it. `next_index` is the chunk whose credit comes next, `sent` the one after the
-    last that left, `accepted` the one after the last that the gateway holds. `format` is what the newest credit asked
-    for: every chunk leaves in it.
+    last that left, `accepted` the one after the last that the gateway holds; after an opening or an adoption both begin
+    at `next_index`, because what is made by then leaves only when a credit asks for it. `format` is what the newest
+    credit asked for: every chunk leaves in it.
 
     `since_epoch` is the epoch it was opened under: older than `epoch` when it was adopted since. What the engine says
     of any epoch from there on is about this session. `move_id` is 0 in a stop that is a suspend. `target_address` is

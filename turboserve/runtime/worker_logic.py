@@ -157,12 +157,12 @@ class WorkerLogic(WorkerEnding):
         session.phase = Phase.OPEN
         session.restored = session.restored or event.restored
         self._forget_from(session, event.next_index)
+        # What is made has left under an epoch before or is asked for again by a credit: nothing is emitted unasked, and
+        # nothing may be held back for it.
+        session.sent = session.accepted = event.next_index
         if not event.adopted:
-            # What lies in the point has left its former owner or is asked for again by a credit: nothing is emitted
-            # unasked, and nothing may be held back for it.
             session.made.clear()
             session.made.update((chunk.chunk_index, chunk) for chunk in event.made[-KEPT_CHUNKS:])
-            session.sent = session.accepted = event.next_index
             session.since_epoch = session.epoch
         self._tell_opened(event.session_id, session)
         self._take_early(session, now_s)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +343,26 @@ async def run_faults(
     return {"fault": kind, **result, "chains_equal": len(run.viewers), "seconds": round(took_s, 1), "seed": seed}
 
 
+def report(fault: str, run: Callable[[Path], Coroutine[Any, Any, dict[str, Any]]], out: Path | None) -> int:
+    """Run it in a folder of its own; one line of JSON, to `out` too. Exit code 1: a promise was broken."""
+    with tempfile.TemporaryDirectory(prefix="turboserve-faults-") as name:
+        folder = Path(name)
+        try:
+            result = asyncio.run(run(folder))
+        except AssertionError as error:
+            log = folder / "server.log"
+            print(log.read_text()[-6000:] if log.exists() else "", file=sys.stderr)
+            print(json.dumps({"fault": fault, "broken": str(error)[:2000]}))
+            return 1
+    result["machine"] = f"{os.cpu_count()} cores"
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    result["commit"] = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fault", choices=sorted(FAULTS))
@@ -351,24 +371,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="turboserve-faults-") as folder:
-        try:
-            result = asyncio.run(
-                run_faults(asked.fault, asked.count, folder=Path(folder), rate=asked.rate, seed=asked.seed)
-            )
-        except AssertionError as error:
-            log = Path(folder) / "server.log"
-            print(log.read_text()[-6000:] if log.exists() else "", file=sys.stderr)
-            print(json.dumps({"fault": asked.fault, "broken": str(error)[:2000]}))
-            return 1
-    result["machine"] = f"{os.cpu_count()} cores"
-    result["commit"] = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    if asked.out:
-        asked.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-    return 0
+
+    def run(folder: Path) -> Coroutine[Any, Any, dict[str, Any]]:
+        return run_faults(asked.fault, asked.count, folder=folder, rate=asked.rate, seed=asked.seed)
+
+    return report(asked.fault, run, asked.out)
 
 
 if __name__ == "__main__":

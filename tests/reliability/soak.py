@@ -15,15 +15,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
+from collections.abc import Coroutine
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from fault_viewers import FaultViewer, Seen, open_viewer, undisturbed_chain  # noqa: E402
-from faults import CHUNK_S, FAULTS, PLAYING, SESSIONS, WORKERS, Run, quantiles  # noqa: E402
+from faults import CHUNK_S, FAULTS, PLAYING, SESSIONS, WORKERS, Run, quantiles, report  # noqa: E402
 from real_server import start_server  # noqa: E402
 
 LIFE_CHUNKS = 120  # a session that has had so many is ended, and another one begun
@@ -226,22 +224,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="turboserve-soak-") as folder:
-        try:
-            result = asyncio.run(run_soak(asked.minutes, folder=Path(folder), rate=asked.rate, seed=asked.seed))
-        except AssertionError as error:
-            log = Path(folder) / "server.log"
-            print(log.read_text()[-6000:] if log.exists() else "", file=sys.stderr)
-            print(json.dumps({"fault": "soak", "broken": str(error)[:2000]}))
-            return 1
-    result["machine"] = f"{os.cpu_count()} cores"
-    result["commit"] = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    if asked.out:
-        asked.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-    return 0
+
+    def run(folder: Path) -> Coroutine[Any, Any, dict[str, Any]]:
+        return run_soak(asked.minutes, folder=folder, rate=asked.rate, seed=asked.seed)
+
+    return report("soak", run, asked.out)
 
 
 if __name__ == "__main__":

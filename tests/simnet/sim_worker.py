@@ -210,7 +210,6 @@ class ToyEngine:
         held.digest = digest
         held.next_index += 1
         held.made = [*held.made, chunk][-KEPT_CHUNKS:]
-        self.worker.figures_chunks[sid] = held.next_index
         self._post(chunk, held.epoch)
         if self.worker.write_through and held.stop is None:
             self._write_point(sid, held)
@@ -257,7 +256,6 @@ class SimWorker(Process):
         self.on_begin: Callable[[SimWorker, str], None] = lambda worker, sid: None
         self.on_made: Callable[[SimWorker, Callable[[], None]], None] = lambda worker, go: go()
         self.on_emit: Callable[[SimWorker, e.FinishedChunk, int], None] = lambda worker, chunk, epoch: None
-        self.figures_chunks: dict[str, int] = {}
         self._channels: dict[str, Channel] = {}
         self._outgoing: deque[Emit] = deque()
         self._pumping = False
@@ -272,7 +270,6 @@ class SimWorker(Process):
 
     def start(self) -> None:
         self.born()
-        self.figures_chunks = {}
         self._channels.clear()
         self._outgoing.clear()
         self._pumping = False
@@ -436,7 +433,7 @@ class SimWorker(Process):
                 chunks=0,
                 passes=0,
                 device_bytes=0,
-                progress=dict(self.figures_chunks),
+                progress={sid: max(one.made) + 1 for sid, one in self.logic.sessions.items() if one.made},
             )
             channel.send(self, beat)
             held = self.engine.held.items()

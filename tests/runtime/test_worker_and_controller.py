@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from test_controller_logic import create, end, make, sent, sid
-from test_worker_logic import HELLO, SPEC
+from worker_logic_harness import HELLO, SPEC
 
 from turboserve.runtime import controller_books as books
 from turboserve.runtime import messages as m

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 import structlog
-from test_worker_logic import HELLO, LEASE_S, SID, SPEC, credit, lease, open_session
+from worker_logic_harness import HELLO, LEASE_S, SID, SPEC, credit, lease, open_session
 
 from turboserve.errors import ConfigError, WorkerError
 from turboserve.runtime import encode_thread

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from test_worker_logic import HELLO, SID, SPEC, credit, hand_over, kinds, lease, made, open_session, prepare
+from worker_logic_harness import HELLO, SID, SPEC, credit, hand_over, kinds, lease, made, open_session, prepare
 
 from turboserve.runtime import messages as m
 from turboserve.runtime import worker_books as b

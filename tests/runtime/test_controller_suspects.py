@@ -301,6 +301,15 @@ def test_a_chunk_that_nobody_wants_any_more_may_still_be_the_one():
     assert strikes(cluster, 1) == 2, "it was not in work, and no viewer wanted chunks"
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_one_on_its_way_to_the_worker_is_suspected_only_while_it_is_opened(opened: bool):
+    cluster = one_worker(sessions=1)
+    cluster.tell(GATEWAY, create(2))  # its OpenSession has not arrived
+    assert cluster.state(2) is SessionState.LOADING
+    cluster.die("w0", -signal.SIGSEGV, (sid(1), sid(2)) if opened else (sid(1),))
+    assert (strikes(cluster, 1), strikes(cluster, 2)) == (1, int(opened))
+
+
 def test_nobody_is_put_beside_a_grave_suspect_while_a_restart_may_help():
     cluster = one_worker(sessions=2)
     for _ in range(STRIKES_GRAVE):

@@ -144,7 +144,7 @@ class Move:
 @dataclass(slots=True)
 class Suspected:
     """Who was on a process that was lost, and the chunk that came next of each; of those that are `idle` nobody wanted
-    one. `struck` got strikes for it."""
+    one, or they were still on their way there. `struck` got strikes for it."""
 
     pid: int
     epoch: int

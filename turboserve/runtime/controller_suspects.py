@@ -40,6 +40,8 @@ OWN_WORKER_S = 5.0
 """So long one with two strikes waits for a worker without other sessions at work, and any other for one without a
 session that has two; about what a restart takes."""
 
+_COMES = frozenset({SessionState.LOADING, SessionState.RESUMING})
+"""On its way to the worker: what it says of its opening is not heard yet, and the board names it while it is opened."""
 _WAITS = frozenset({SessionState.QUEUED, SessionState.RECOVERING, SessionState.HOST, SessionState.DISK})
 
 
@@ -53,11 +55,12 @@ class ControllerSuspects(ControllerMoves):
         there = [one for one in held if one.record.state not in (SessionState.CLOSING, *_WAITS)]
         hello = worker.hello
         next_index = {one.record.session_id: one.next_index for one in there}
-        idle = frozenset(one.record.session_id for one in there if not one.wanted)
+        told = hello.ring_fd >= 0  # the launcher has started it, and says how it ended
+        idle = frozenset(
+            one.record.session_id for one in there if not one.wanted or (told and one.record.state in _COMES)
+        )
         self.suspected[hello.worker_id] = suspected = Suspected(hello.pid, hello.worker_epoch, next_index, idle)
-        if hello.ring_fd >= 0:
-            return None  # the launcher has started it, and says how it ended
-        return self._strike(suspected, suspected.at_work())
+        return None if told else self._strike(suspected, suspected.at_work())
 
     def _hold_suspects(self, worker_id: str, now_s: float) -> None:
         """Those that were suspected before do not go on until it is known whether they did it again."""

@@ -233,6 +233,18 @@ def test_the_id_of_a_joined_worker_is_not_given_to_another_one():
     assert cluster.admin("add_workers", count=1).message == "w2"
 
 
+def test_an_id_that_a_scale_hook_was_asked_for_is_free_again_once_its_process_has_ended():
+    cluster = running("w0")
+    assert cluster.admin("add_workers", count=1).message == "w1"
+    cluster.tell(LAUNCHER, m.FleetEvent(worker_id="w1", kind="started"))
+    cluster.start("j1")
+    comes = msgspec.structs.replace(cluster.workers["j1"].hello, worker_id="w1")  # over the network, from elsewhere
+    cluster.tell("w1", comes)
+    cluster.carry_out(cluster.logic.on_disconnect("w1", cluster.now_s))
+    cluster.tell(LAUNCHER, m.FleetEvent(worker_id="w1", kind="exited"))
+    assert cluster.admin("add_workers", count=1).message == "w1"
+
+
 def reduced_by_an_earlier_controller() -> tuple[Cluster, m.CreateSession]:
     """A session on half its steps, its controller killed; and what the gateway says of it to the next one."""
     cluster = running("w0", steps_floor=2)

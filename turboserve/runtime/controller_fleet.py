@@ -47,8 +47,7 @@ class ControllerFleet(ControllerGrowth):
             self._out += [Send(source, refusal), Drop(source, "too many workers")]
             return
         self._take_strikes_back(hello)
-        if hello.ring_fd < 0:
-            self._joined.add(hello.worker_id)
+        self._note_joined(hello)
         asked_s = self.expected.pop(hello.worker_id, None)
         row = self._starting_rows.pop(hello.worker_id, None)
         if row is None and self._free_worker_rows:

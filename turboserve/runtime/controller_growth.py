@@ -7,6 +7,7 @@ worker that joined from elsewhere nobody says so: its id is not given to another
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +25,16 @@ class ControllerGrowth(ControllerRecovery):
         self.launched: set[str] = set()
         """Workers whose process runs or is started again, as the launcher says, whether they can be reached or not."""
         self._joined: set[str] = set()
-        """Ids that workers of other machines came with."""
+        """Ids like those given out here that workers came with unasked, from other machines: they may come again."""
 
     def _there(self) -> set[str]:
         """Workers that serve, that are on their way, and that were cut off and may come back."""
         return {*self.workers, *self.expected, *self.launched}
+
+    def _note_joined(self, hello: m.WorkerHello) -> None:
+        asked = hello.worker_id in self.launched or hello.worker_id in self.expected  # by a scale hook's launcher, say
+        if hello.ring_fd < 0 and not asked and re.fullmatch(r"w\d{1,4}", hello.worker_id):
+            self._joined.add(hello.worker_id)
 
     def _add_workers(
         self,

@@ -211,6 +211,6 @@ def _pace(paced: LatencyProfile, folder: Path) -> list[str]:
     path.write_text(json.dumps(asdict(paced)))
     rate = registry.load_spec("shapes").chunk_s / paced.chunk_s
     return [
-        *("--paced-profile", str(path), "--playback-rate", f"{rate:.6f}"),
+        *("--paced-profile", str(path), "--playback-rate", repr(rate)),
         *("--capacity", str(paced.capacity), "--slots", str(paced.resident_max), "--log-level", "warning"),
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from controller_harness import Cluster, _ops, heard, running
-from test_controller_logic import GATEWAY, create, sent, sid
+from test_controller_logic import GATEWAY, create, hello, sent, sid
 
 from turboserve.orchestrator import plan as plans
 from turboserve.orchestrator import view as views
@@ -285,3 +286,12 @@ def test_a_gateway_that_missed_a_change_of_steps_hears_it_again():
     cluster.gateway.clear()
     cluster.tell(GATEWAY, msgspec.structs.replace(asked, op_id=next(_ops)))
     assert heard(cluster, m.SetSteps) == [], "it has heard it"
+
+
+@pytest.mark.parametrize(("two_s", "fits"), [(1.0, 2), (1.00002, 2), (1.01, 1)])
+def test_as_many_sessions_are_put_on_a_worker_as_it_can_make_in_time(two_s: float, fits: int):
+    """Of a chunk target of 1 s; what is above it by rounding alone is not too long."""
+    cluster = Cluster()
+    said = msgspec.structs.replace(hello("w0"), batch_latency_s=(0.5, two_s))
+    cluster.tell("w0", said)
+    assert cluster.logic.view.profile.capacity == fits

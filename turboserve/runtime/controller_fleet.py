@@ -19,6 +19,8 @@ from turboserve.session import SessionState
 
 JOINED_MAX = 64
 WORKERS_MAX = 64
+ROUNDING = 1e-4
+"""A measured time this little above the target is the target: a playback rate is written with a few digits."""
 LEAVE_S = 4.0
 """A worker that was told to end gets this long to be emptied by migration; what is left is then suspended."""
 ANSWER_S = 1.5
@@ -106,7 +108,7 @@ class ControllerFleet(ControllerGrowth):
         before = profile.batch_latency_s if self._latency_known else said
         table = tuple((new + old) / 2 for new, old in zip(said, before, strict=False))
         self._latency_known = True
-        fits = sum(one <= profile.chunk_target_s for one in table)
+        fits = sum(one <= profile.chunk_target_s * (1 + ROUNDING) for one in table)
         capacity = max(1, min(self._capacity_asked, fits))
         self._set_profile(
             batch_latency_s=table,

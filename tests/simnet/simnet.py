@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sim_coverage import missing
+from sim_coverage import MOMENTS, missing
 from sim_mutants import MUTANTS
 from sim_run import Schedule
 
@@ -63,7 +63,7 @@ def schedules(first: int, count: int, jobs: int) -> dict[str, Any]:
         "fault_count": sum(faults.values()),
         "events": events,
         "chunks_checked": chunks,
-        "points_between_nodes": {name: n for name, n in sorted(coverage.items()) if name.startswith("a point went")},
+        "moments": {name: coverage[name] for name in MOMENTS},
         "transitions": dict(sorted((name, n) for name, n in coverage.items() if " -> " in name)),
         "fault_state_pairs": dict(sorted((name, n) for name, n in coverage.items() if " x " in name)),
         "not_reached": missing(coverage, count),

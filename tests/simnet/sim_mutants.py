@@ -249,7 +249,7 @@ def sessions_of_a_lost_worker_are_left(right: Any, self: Any, live: Any, now_s: 
 
 
 @mutant(ControllerRecovery, "take_over")
-def controller_starts_without_reading_the_directory(right: Any, self: Any, stored: Any, *args: Any) -> None:
+def controller_starts_without_reading_the_directory(right: Any, self: Any, *args: Any, **fields: Any) -> None:
     return None
 
 

@@ -63,7 +63,8 @@ class Case:
     @property
     def key(self) -> str:
         """Names the case among rows; two runs of it give the same row."""
-        said = dataclasses.asdict(self) | {"trace": trace_name(self.trace), "profile": Path(self.profile).stem}
+        profile = Path(self.profile).name.removesuffix(".json")  # no stem: that of 1.3b-h200 would be 1
+        said = dataclasses.asdict(self) | {"trace": trace_name(self.trace), "profile": profile}
         said.pop("curve")
         return json.dumps(said, sort_keys=True)
 

@@ -11,8 +11,17 @@ if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null 
         exit 1
     fi
 fi
-bash scripts/lint.sh
+# Types and import rules take a minute of one core, tests of real processes mostly wait: beside each other.
+.venv/bin/ruff check . || exit 1
+lint_log=$(mktemp)
+trap 'rm -f "$lint_log"' EXIT
+bash scripts/lint.sh >"$lint_log" 2>&1 &
+lint=$!
 # Where there is a compiler the C++ frame ring must have been built; a test then fails instead of testing one twin only.
 if command -v c++ >/dev/null || command -v g++ >/dev/null; then export TURBOSERVE_EXPECT_NATIVE=1; fi
-# Two files at a time: most of a test of real processes is waiting for them. ARGS="-n 0" runs all in one process.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+tests=0
+# Two files at a time. ARGS="-n 0" runs all in one process.
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@" || tests=$?
+wait "$lint" || { cat "$lint_log" >&2; exit 1; }
+cat "$lint_log"
+exit "$tests"

@@ -99,8 +99,9 @@ STUBBORN = CHILD.replace("time.sleep(600)", "signal.signal(15, lambda *_: None)\
 )
 
 
-@pytest.mark.parametrize(("signals", "within_s"), [(2, 3.0), (3, 1.0)])
-def test_a_second_signal_waits_a_little_and_a_third_not_at_all(signals, within_s):
+@pytest.mark.parametrize(("signals", "least_s", "most_s"), [(2, 2.5, 30.0), (3, 0.0, 4.0)])
+def test_a_second_signal_waits_a_little_and_a_third_not_at_all(signals, least_s, most_s):
+    """Without either it would be a minute."""
     program = LAUNCHER.replace(repr(CHILD), repr(STUBBORN)).replace("shutdown_timeout_s=5", "shutdown_timeout_s=60")
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -112,9 +113,8 @@ def test_a_second_signal_waits_a_little_and_a_third_not_at_all(signals, within_s
         for _ in range(signals):
             process.terminate()
             time.sleep(0.2)
-        assert process.wait(timeout=15) == 0
-        took_s = time.monotonic() - began_s
-        assert took_s < within_s + 1.5 and (signals == 3 or took_s > within_s - 0.5)
+        assert process.wait(timeout=30) == 0
+        assert least_s < time.monotonic() - began_s < most_s
         assert not any(alive(pid) for pid in pids.values())
     finally:
         process.kill()

@@ -61,6 +61,7 @@ async def go_on(server: RunningServer, made: list[tuple[str, Client, bool]], exp
         await end_session(server.url, sid)
 
 
+@pytest.mark.soak
 async def test_a_dozen_sessions_through_a_small_arena(tmp_path: Path) -> None:
     with start_server(tmp_path, "--workers", "2", "--arena-bytes", str(PARTITIONS * 6 * MIB)) as server:
         expected = await reference(server)

@@ -94,6 +94,21 @@ async def reference(server: RunningServer, chunks: int) -> list[str]:
     return client.digests
 
 
+async def chunks_made(server: RunningServer, at_least: int) -> int:
+    """By all workers, once they have reported so many and nothing more for several heartbeats."""
+    made, since_s = 0, time.monotonic()
+
+    async def settled() -> bool:
+        nonlocal made, since_s
+        now = sum(one["chunks"] for one in (await workers(server)).values())
+        if now != made:
+            made, since_s = now, time.monotonic()
+        return made >= at_least and time.monotonic() - since_s > 2.5
+
+    await until(settled, "the workers did not report", 60)
+    return made
+
+
 def bytes_of(decision: dict[str, Any]) -> tuple[int, int, float, int]:
     """(sent ahead, sent while it stood still, for how many ms, bytes of the point) of a "carried" decision."""
     found = re.match(r"(\d+) B .* ahead, (\d+) B .* for ([\d.]+) ms, of (\d+) B", decision["reason"])
@@ -105,7 +120,7 @@ async def test_a_playing_stream_moves_to_the_joined_worker_and_back_with_its_sta
     async with pair(namespace, tmp_path) as (server, _, name):
         chunks = 60
         chain = await reference(server, chunks)
-        made_before = sum(one["chunks"] for one in (await workers(server)).values())
+        made_before = await chunks_made(server, chunks)
         opened = await open_session(server.url)
         sid = opened["id"]
         client = Timed(server.url, opened)
@@ -131,13 +146,7 @@ async def test_a_playing_stream_moves_to_the_joined_worker_and_back_with_its_sta
             assert last < whole, "what had gone ahead was not sent again"
             assert 0 < stood_ms < 2000
         assert await decisions(server, "replay") == []
-
-        async def made_once() -> bool:
-            made = sum(one["chunks"] for one in (await workers(server)).values()) - made_before
-            assert made <= chunks + 8, "chunks were made again"
-            return made >= chunks
-
-        await until(made_once, "the workers did not report")
+        assert await chunks_made(server, made_before + chunks) <= made_before + chunks + 8, "chunks were made again"
         gaps = sorted(b - a for a, b in zip(client.times_s, client.times_s[1:], strict=False))
         reasons = [one["reason"] for one in carried]
         print(f"gaps of chunks: median {gaps[len(gaps) // 2]:.3f} s, longest {gaps[-2:]}; {reasons}")

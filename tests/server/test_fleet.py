@@ -80,13 +80,15 @@ async def disturbed(url: str, disturb) -> Client:
     """A stream with `disturb(session id)` after the fourth chunk, while it goes on."""
     opened = await open_session(url)
     client = Client(url, opened)
-    running = asyncio.create_task(client.run(CHUNKS, prompts=SWITCH))
+    done = asyncio.Event()
+    running = asyncio.create_task(client.run(CHUNKS, prompts=SWITCH, last_after=done))
 
     async def begun() -> bool:
         return client.next_index >= 4
 
     await until(begun, pause_s=0.005)
     await disturb(opened["id"])
+    done.set()
     await running
     await end_session(url, opened["id"])
     return client

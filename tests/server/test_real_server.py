@@ -44,8 +44,16 @@ class Client:
         self.digest = b""
         self.digests: list[str] = []
 
-    async def run(self, chunks: int, *, prompts: dict[int, str] | None = None, drop_at: int | None = None) -> None:
-        """Take chunks until `chunks` are there; `prompts` are sent ahead, bound to their indices."""
+    async def run(
+        self,
+        chunks: int,
+        *,
+        prompts: dict[int, str] | None = None,
+        drop_at: int | None = None,
+        last_after: asyncio.Event | None = None,
+    ) -> None:
+        """Take chunks until `chunks` are there; `prompts` are sent ahead, bound to their indices. The last one is acked
+        only once `last_after` is set: until then the stream is not over, however slow the one who sets it."""
         async with websockets.connect(self.url, max_size=None, compression=None) as socket:
             attach = {"type": "attach", "token": self.token, "next_index": self.next_index, "pace": "free"}
             await socket.send(json.dumps(attach))
@@ -68,6 +76,8 @@ class Client:
                 if drop_at == message["index"]:
                     socket.transport.abort()  # received, and the ack is lost with the connection
                     return
+                if last_after is not None and self.next_index == chunks:
+                    await last_after.wait()
                 await socket.send(json.dumps({"type": "ack", "index": message["index"]}))
 
 

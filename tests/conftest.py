@@ -17,7 +17,7 @@ if "TURBOSERVE_ON_GPU" not in os.environ:
 
 @pytest.fixture(scope="session")
 def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One server for the whole run: embedded model, one worker, no keys. Leave it as you found it."""
+    """One server for the whole run: embedded model, the default fleet of two, no keys. Leave it as you found it."""
     with start_server(tmp_path_factory.mktemp("real-server")) as server:
         yield server
 

@@ -68,15 +68,16 @@ def test_one_thing_at_a_time(chosen):
 
 def test_a_window_on_a_live_server(real_server):
     """The worker's next chunks end up in the server's data folder, and the answer said where."""
-    worker = httpx.get(f"{real_server.url}/v1/cluster").json()["workers"][0]["id"]
-    chosen = ["--worker", worker, "--url", real_server.url, "--chunks", "2", "--json"]
-    window = CliRunner().invoke(main, ["profile", *chosen])
-    assert window.exit_code == 0, window.output
-    found = json.loads(window.stdout)
-    assert (found["state"], found["chunks"]) == ("capturing", 2)
-    trace = Path(found["path"])
-    assert trace.is_relative_to(real_server.data_dir / "profiles" / worker)
-    with Session("a red circle", base_url=real_server.url, pace="free", max_duration_s=2) as session:
+    with Session("a red circle", base_url=real_server.url, pace="free", max_duration_s=6) as session:
+        next(iter(session))  # it is on a worker now, and goes on as its chunks are taken
+        worker = session.info()["worker"]
+        chosen = ["--worker", worker, "--url", real_server.url, "--chunks", "2", "--json"]
+        window = CliRunner().invoke(main, ["profile", *chosen])
+        assert window.exit_code == 0, window.output
+        found = json.loads(window.stdout)
+        assert (found["state"], found["chunks"]) == ("capturing", 2)
+        trace = Path(found["path"])
+        assert trace.is_relative_to(real_server.data_dir / "profiles" / worker)
         assert len(list(session)) >= 4
     until_s = time.monotonic() + 90
     while not trace.exists() and time.monotonic() < until_s:

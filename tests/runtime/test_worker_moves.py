@@ -118,8 +118,12 @@ class Pair:
         await self.stream(source, count)
         await self.migrate(source, target, move_id=1)
 
-    def ledger(self) -> None:
-        """All bytes are free or of the session's one point; dropping it leaves nothing."""
+    async def ledger(self) -> None:
+        """All bytes are free or of the session's one point; dropping it leaves nothing. No worker is left after it: one
+        still writes the last chunk's point when its stream is over."""
+        for peers in self.peers:
+            peers.process.kill()
+            await gone(peers)
         with Arena.map(self.fd) as arena:
             arena.check()
             for extent in arena.find(B):
@@ -178,7 +182,7 @@ async def test_a_stream_moves_to_and_fro_is_suspended_and_goes_on_with_the_same_
         assert b.beats[-1].points > 0 and b.beats[-1].points_refused == 0
         b.controller.send(m.CloseSession(session_id=B, epoch=pair.epoch))
         await pair.answer(b, m.SessionReleased)
-        pair.ledger()
+        await pair.ledger()
 
 
 async def test_a_worker_killed_in_mid_chunk_is_succeeded_with_the_same_chain(chain):
@@ -194,7 +198,7 @@ async def test_a_worker_killed_in_mid_chunk_is_succeeded_with_the_same_chain(cha
         assert 5 <= placed_at <= 7
         await pair.stream(b, COUNT, placed_at=placed_at)
         assert pair.digests == chain
-        pair.ledger()
+        await pair.ledger()
 
 
 async def test_a_prepared_slot_nobody_asks_for_is_freed():
@@ -240,7 +244,7 @@ async def test_the_source_dies_at_any_step_of_a_move(chain, failpoint):
             await pair.stream(b, COUNT, placed_at=placed_at)
         await pair.stream(b, COUNT)
         assert pair.digests == chain
-        pair.ledger()
+        await pair.ledger()
 
 
 TARGET_DIES = [
@@ -267,7 +271,7 @@ async def test_the_target_dies_at_any_step_of_a_move(chain, failpoint):
         opened = await pair.answer(a, m.SessionOpened)
         await pair.stream(a, COUNT, placed_at=opened.next_index)
         assert pair.digests == chain
-        pair.ledger()
+        await pair.ledger()
 
 
 SUSPEND_DIES = [
@@ -290,4 +294,4 @@ async def test_a_worker_dies_at_any_step_of_a_suspend(chain, failpoint):
         assert await gone(a) == -9
         await pair.stream(b, COUNT, placed_at=await pair.restored_on(b))
         assert pair.digests == chain
-        pair.ledger()
+        await pair.ledger()

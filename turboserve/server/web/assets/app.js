@@ -1,6 +1,7 @@
 /** The page to watch and steer: puts prompt box, tour and tiles together. */
 
 import * as api from "./api.js";
+import { chosen, offer } from "./choices.js";
 import { askForKey, notice } from "./dialogs.js";
 import { explain } from "./errors.js";
 import { CHIPS } from "./examples.js";
@@ -42,8 +43,8 @@ const tileEvents = {
     tile.steerInput.focus();
   },
   again: (tile) => {
-    const { prompts, created } = tile.stream;
-    const fresh = makeTile(prompts[prompts.length - 1].text, { seed: created?.seed });
+    const { prompts, created, options } = tile.stream;
+    const fresh = makeTile(prompts[prompts.length - 1].text, { seed: created?.seed, choices: options.choices });
     tiles[tiles.indexOf(tile)] = fresh;
     tile.element.replaceWith(fresh.element);
     tile.dispose();
@@ -53,7 +54,7 @@ const tileEvents = {
   layout: () => refresh(),
 };
 
-/** @param {string} prompt @param {{tour?: boolean, seed?: number}} options */
+/** @param {string} prompt @param {{tour?: boolean, seed?: number, choices?: Record<string, string>}} options */
 function makeTile(prompt, options) {
   const tile = new Tile(prompt, options, tileEvents);
   tile.stream.addEventListener("opened", () => showServing(tile));
@@ -133,7 +134,8 @@ async function start(prompts) {
     notice(`At most ${TILES_MAX} streams on one page: close one first.`);
     return;
   }
-  const fresh = prompts.map((prompt) => makeTile(prompt, {}));
+  const choices = chosen();
+  const fresh = prompts.map((prompt) => makeTile(prompt, { choices }));
   tiles = [...fresh, ...tiles];
   grid.prepend(...fresh.map((tile) => tile.element));
   refresh();
@@ -249,7 +251,8 @@ async function begin() {
   refresh();
   const wantsTour = new URLSearchParams(location.search).get("tour") !== "off";
   try {
-    await api.request("GET", "v1/models");
+    const models = await api.request("GET", "v1/models");
+    offer(models.data[0]);
     if (!api.storedKey()) plug.offer(); // only a server without keys lets anybody do that
     // The viewer may have begun while the answer was on its way.
     if (wantsTour && !tiles.length) startTour();

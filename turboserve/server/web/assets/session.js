@@ -45,7 +45,8 @@ export class Stream extends EventTarget {
   /**
    * @param {HTMLCanvasElement} canvas
    * @param {string} prompt
-   * @param {{seed?: number, quiet?: boolean}} [options]   quiet: errors and key questions stay out of sight
+   * @param {{seed?: number, choices?: Record<string, string>, quiet?: boolean}} [options]   choices: more fields of the
+   *   new session; quiet: errors and key questions stay out of sight
    */
   constructor(canvas, prompt, options = {}) {
     super();
@@ -204,7 +205,8 @@ export class Stream extends EventTarget {
    * @returns {Promise<import("./protocol.js").Created|null>}
    */
   async #create(prompt) {
-    const wish = { prompt, format: preferredFormat(), ...(this.options.seed === undefined ? {} : { seed: this.options.seed }) };
+    const seed = this.options.seed === undefined ? {} : { seed: this.options.seed };
+    const wish = { prompt, format: preferredFormat(), ...seed, ...this.options.choices };
     for (let attempt = 1; !this.gone; attempt += 1) {
       try {
         const created = await api.createSession(wish, { quiet: this.options.quiet });

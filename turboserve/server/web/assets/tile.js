@@ -21,7 +21,7 @@ const MOMENT_MS = 2600;
 export class Tile {
   /**
    * @param {string} prompt
-   * @param {{tour?: boolean, seed?: number}} options
+   * @param {{tour?: boolean, seed?: number, choices?: Record<string, string>}} options
    * @param {TileEvents} events
    */
   constructor(prompt, options, events) {
@@ -31,7 +31,7 @@ export class Tile {
     this.tour = options.tour ?? false;
     this.canvas = /** @type {HTMLCanvasElement} */ (this.find("canvas"));
     this.steerInput = /** @type {HTMLInputElement} */ (this.find(".steer input"));
-    this.stream = new Stream(this.canvas, prompt, { seed: options.seed, quiet: this.tour });
+    this.stream = new Stream(this.canvas, prompt, { seed: options.seed, choices: options.choices, quiet: this.tour });
     this.strip = /** @type {Strip|null} */ (null);
     this.momentTimer = 0;
     this.lastStatus = "";

@@ -8,7 +8,6 @@ import stat
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 from click.testing import CliRunner
 

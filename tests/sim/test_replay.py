@@ -279,3 +279,17 @@ def test_the_auditor_finds_nothing_in_a_thousand(
     if seed > 6:
         kinds |= {"losses_s": (15.0,)}
     audited(rows, tmp_path_factory.mktemp("run"), "turboserve", profile=(K4, small, nodes)[seed % 3], **kinds)
+
+
+def test_a_worker_given_back_at_the_first_moment_costs_nothing(tmp_path: Path) -> None:
+    trace = trace_of("0,a,arrive, 0,a,active,40 40,a,depart,", tmp_path)
+    run = play(trace, "hpa")
+    assert sorted(bill.release_us for bill in run.log.bills) == [0, run.end_us]
+    assert report(run)["worker_hours"] == pytest.approx(run.end_us / 1e6 / 3600)
+
+
+def test_the_first_chunk_of_a_period_that_began_before_the_warm_up_is_not_counted(tmp_path: Path) -> None:
+    trace = trace_of("0,a,arrive, 0,a,active,20 20,a,idle, 30,a,active,10 40,a,depart,", tmp_path)
+    figures = report(simulate(trace, K4, StaticLeast(), Settings(workers=1, warmup_s=10.0)))
+    only = {"mean": 0.4, "p50": 0.4, "p95": 0.4, "p99": 0.4, "max": 0.4}
+    assert figures["first_chunk_s"] == only and figures["warmup"]["first_chunk_s"] == only

@@ -18,7 +18,7 @@ PLAYER_DELAY_CHUNKS = 2.5
 
 EXACT = ("chunks", "delivered", "shed", "batch_n_max")
 CLOSE = ("on_time_share", "reduced_step_share", "worker_hours", "cost")
-SPREADS = ("service_s", "latency_s")
+SPREADS = ("service_s", "latency_s", "first_chunk_s")
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:

@@ -118,9 +118,12 @@ def _settings(profile: LatencyProfile, s: Settings) -> dict[str, Any]:
 def figures(run: Run, start_us: int, end_us: int) -> dict[str, Any]:
     """Figures of the chunks released, and the workers billed, in [start_us, end_us)."""
     rows, profile = run.rows, run.profile
-    mine = rows[(rows[:, R_RELEASE] >= start_us) & (rows[:, R_RELEASE] < max(end_us, start_us + 1))]
-    if end_us == run.end_us:
-        mine = rows[rows[:, R_RELEASE] >= start_us]
+
+    def released_then(some: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        released = some[:, R_RELEASE]
+        return some[(released >= start_us) & ((released < max(end_us, start_us + 1)) | (end_us == run.end_us))]
+
+    mine = released_then(rows)
     shed = sum(start_us <= x.release_us and (x.release_us < end_us or end_us == run.end_us) for x in run.log.shed)
     delivered = len(mine)
     if run.settings.pace == "closed":
@@ -128,7 +131,7 @@ def figures(run: Run, start_us: int, end_us: int) -> dict[str, Any]:
     else:
         on_time = int((mine[:, R_FINISH] <= mine[:, R_DEADLINE] + TOLERANCE_US).sum())
     hours = worker_hours(run, start_us, end_us)
-    first = _first_of_period(mine)
+    first = released_then(_first_of_period(rows))
     timeline = _timeline(run, start_us, end_us)
     decisions = [d for d in run.log.decisions if start_us <= to_us(d["time_s"]) < max(end_us, start_us + 1)]
     counts = {name: sum(d["event"] == event for d in decisions) for name, event in _COUNTED.items()}
@@ -161,7 +164,7 @@ def figures(run: Run, start_us: int, end_us: int) -> dict[str, Any]:
 
 def worker_hours(run: Run, start_us: int, end_us: int) -> float:
     """Billed time inside [start_us, end_us], hours. The bill ends with the run, whenever a last release comes."""
-    total = sum(max(0, min(b.release_us or end_us, end_us) - max(b.request_us, start_us)) for b in run.log.bills)
+    total = sum(max(0, min(end_us if b.release_us is None else b.release_us, end_us) - max(b.request_us, start_us)) for b in run.log.bills)
     return total / US / 3600
 
 

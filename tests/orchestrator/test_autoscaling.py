@@ -7,7 +7,7 @@ import pytest
 
 from turboserve.orchestrator import autoscaling, demand, fairness, load_replay
 from turboserve.orchestrator.autoscaling import Level, ScaleMemory, level_of, mean_excess, target_workers
-from turboserve.orchestrator.demand import Demand, forecast, observe
+from turboserve.orchestrator.demand import Demand, Work, follow, forecast, observe, work_factor
 from turboserve.orchestrator.service import REDUCED_SHARE, SERVICE_FADE_S, Service, look
 from turboserve.orchestrator.view import make_view
 from turboserve.sim.profile_files import load_profile
@@ -156,3 +156,18 @@ def test_shares_are_max_min_fair_by_weight() -> None:
 def test_demand_uses_whole_seconds_of_the_callers_clock() -> None:
     assert observe(Demand(), 1, 100.7).next_s == 101.0
     assert demand.SAMPLES_MAX > demand.WINDOW_S
+
+
+def test_a_load_of_short_periods_is_reckoned_from_their_chunks() -> None:
+    """Five sessions a second of one and a half chunks, each gone after 0.6 s: three are seen, seven and a half to do."""
+    work, chunks = Work(), 0.0
+    for second in range(300):
+        work = follow(work, int(chunks), 3, float(second))
+        chunks += 7.5
+    assert work_factor(work, 0.6, 1.0) == pytest.approx(2.5, rel=0.02)
+    assert work_factor(work, 12.0, 1.0) == 1.0, "periods of some length: their count is their load"
+    assert follow(work, 0, 3, 300.0).chunks_seen == 0, "a new count begins anew"
+    overrun = Work()
+    for second in range(300):
+        overrun = follow(overrun, 4 * second, 30, float(second))
+    assert work_factor(overrun, 5.0, 1.0) == 1.0, "a backlog is no reason to reckon with less than there is"

@@ -293,3 +293,18 @@ def test_the_first_chunk_of_a_period_that_began_before_the_warm_up_is_not_counte
     figures = report(simulate(trace, K4, StaticLeast(), Settings(workers=1, warmup_s=10.0)))
     only = {"mean": 0.4, "p50": 0.4, "p95": 0.4, "p99": 0.4, "max": 0.4}
     assert figures["first_chunk_s"] == only and figures["warmup"]["first_chunk_s"] == only
+
+
+@pytest.mark.parametrize("profile", ["k4", "compute4"])
+def test_a_level_load_of_tiny_sessions_is_served_without_swinging(profile: str, tmp_path: Path) -> None:
+    """A session that asks for one or two chunks is hardly seen where there is room; its work is there all the same."""
+    rng = np.random.default_rng(5)
+    at_s = np.sort(rng.uniform(0, 1200, 6000))
+    lines = [(t, f"{t:.3f},s{n},arrive,\n{t:.3f},s{n},active,{1 + n % 2}\n") for n, t in enumerate(at_s)]
+    lines += [(t + 1 + n % 2, f"{t + 1 + n % 2:.3f},s{n},depart,\n") for n, t in enumerate(at_s)]
+    path = tmp_path / "tiny.csv"
+    path.write_text("time_s,session_id,event,chunks\n" + "".join(text for _, text in sorted(lines)))
+    made = make_policy("turboserve", scaling=True, provision_s=30.0)
+    figures = report(simulate(read_trace(path), load_profile(profile), made, Settings(steps_floor=2, provision_s=30.0)))
+    assert figures["on_time_share"] >= 0.999 and figures["reduced_step_share"] <= 0.02
+    assert figures["workers"]["max"] <= 5 and figures["scale_outs"] <= 10

@@ -13,6 +13,12 @@ sqrt(mean): a flash crowd) is believed; the newest count then takes the mean's p
 What is left over is about sqrt(expected), as for independent sessions, and grows with the delay as the level drifts;
 how much more or less than that is refined by the service given (`autoscaling.refine`), and is the volatility that
 chooses the headroom.
+
+A count of active sessions is a load only while a session makes one chunk a chunk time. The first two chunks of a period
+may begin at once, and the last is soon made where there is room: with periods of a few chunks a fleet that has room
+sees hardly anybody, gives its workers back, is overrun, and asks for many more. So there the counts are taken times the
+chunks begun for each session and chunk time (`Work`). Periods of tens of chunks differ from their counts by less than
+chance does, and are left alone.
 """
 
 from __future__ import annotations
@@ -30,6 +36,10 @@ WINDOW_S = 90  # of the mean
 SURGE_SIGMAS = 3.0  # from here on a rise is believed, fully one sigma further
 GROWTH_SHARE = 0.5  # of a surge's growth over the last 30 s, per 30 s of delay, that is carried on
 GROWTH_S = 30
+WORK_FADE_S = 90.0
+SHORT_PERIOD_CHUNKS = 12.0  # mean periods below it are scaled by their work
+WORK_FACTOR_MAX = 8.0
+LATELY_S = 10
 # Spread of the error: SPREAD * sqrt(expected * (1 + delay / DRIFT_S)). Fitted at delays of 30 and 120 s to the headroom
 # that served the shared and the synthetic windows best.
 SPREAD, DRIFT_S = 0.555, 12.0
@@ -52,6 +62,37 @@ class Forecast:
     sigma: float
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Chunks begun and seconds of active sessions, both fading; `chunks_seen` is the view's total at the last look."""
+
+    chunks: float = 0.0
+    active_s: float = 0.0
+    chunks_seen: int = 0
+    look_s: float | None = None
+
+
+def follow(work: Work, chunks: int, active: int, now_s: float) -> Work:
+    """Look again: `chunks` begun in all until now, `active` sessions now."""
+    if work.look_s is None or chunks < work.chunks_seen:
+        return replace(work, chunks_seen=chunks, look_s=now_s)
+    since_s = now_s - work.look_s
+    kept = math.exp(-since_s / WORK_FADE_S)
+    return Work(kept * work.chunks + chunks - work.chunks_seen, kept * work.active_s + since_s * active, chunks, now_s)
+
+
+def work_factor(work: Work, period_s: float, chunk_s: float) -> float:
+    """Sessions' worth of load for each session counted as active: 1 where the mean period is of some length."""
+    if period_s >= SHORT_PERIOD_CHUNKS * chunk_s or work.active_s <= 0.0:
+        return 1.0
+    return min(WORK_FACTOR_MAX, max(1.0, work.chunks * chunk_s / work.active_s))
+
+
+def lately(demand: Demand) -> float:
+    """Mean count of the last seconds: of sessions that stay for a few chunks, one count is mostly chance."""
+    return float(demand.samples[SAMPLES_MAX - max(1, min(demand.count, LATELY_S)) :].mean())
+
+
 def observe(demand: Demand, active: int, now_s: float) -> Demand:
     """Take the samples due until now; seconds that nobody looked at had the count of the last look."""
     if now_s < demand.next_s:
@@ -69,7 +110,7 @@ def observe(demand: Demand, active: int, now_s: float) -> Demand:
     )
 
 
-def forecast(demand: Demand, active: int, delay_s: float, period_s: float) -> Forecast:
+def forecast(demand: Demand, active: float, delay_s: float, period_s: float) -> Forecast:
     """Forecast from the samples and the mean active period; with no delay the newest count is all that matters."""
     if delay_s <= 0 or demand.count == 0:
         return Forecast(float(active), 0.0)

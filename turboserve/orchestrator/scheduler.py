@@ -15,7 +15,7 @@ import numpy as np
 
 from turboserve.orchestrator import autoscaling, brownout, fairness, placement, residency
 from turboserve.orchestrator.autoscaling import ScaleMemory, level_of, target_workers
-from turboserve.orchestrator.demand import Demand, forecast, observe
+from turboserve.orchestrator.demand import Demand, Work, follow, forecast, lately, observe, work_factor
 from turboserve.orchestrator.placement import Survey, lightest, promise, survey
 from turboserve.orchestrator.plan import (
     Action,
@@ -58,6 +58,7 @@ class Memory:
     """What a tick hands to the next."""
 
     demand: Demand = field(default_factory=Demand)
+    work: Work = field(default_factory=Work)
     scale: ScaleMemory = field(default_factory=ScaleMemory)
     queued: frozenset[str] = frozenset()
     reduced: bool = False  # some session may be below full steps
@@ -76,7 +77,9 @@ def tick(view: ClusterView, memory: Memory, now_s: float, config: TickConfig = D
     demand = observe(memory.demand, sv.active, now_s)
     sampled = demand is not memory.demand
     if sampled:
-        memory = _periods(replace(memory, demand=demand, service=look(memory.service, view, now_s)), view)
+        work = follow(memory.work, view.observed.chunks, sv.active, now_s)
+        memory = replace(memory, demand=demand, work=work, service=look(memory.service, view, now_s))
+        memory = _periods(memory, view)
     actions: list[Action] = []
     fixed = view.workers_min >= view.workers_max
     if config.scale and not fixed and (sampled or view.provision_s <= 0):
@@ -146,20 +149,23 @@ def _size_fleet(
     by_steps = config.brownout and view.steps_floor is not None and view.steps_floor < profile.denoise_steps
     if config.volatility and by_steps and delay_s > 0 and now_s - scale.refined_s >= autoscaling.REFINE_EVERY_S:
         scale = autoscaling.refine(scale, memory.service.reduced_share / REDUCED_SHARE, now_s)
-    expected = forecast(memory.demand, sv.active, delay_s, memory.period_s if config.forecast else math.inf)
-    sigma = expected.sigma * scale.sigma_scale
-    volatility = sigma / max(1.0, expected.mean)
+    factor = work_factor(memory.work, memory.period_s, profile.chunk_s)
+    newest = lately(memory.demand) if factor > 1.0 else float(sv.active)
+    expected = forecast(memory.demand, newest, delay_s, memory.period_s if config.forecast else math.inf)
+    mean = expected.mean * factor
+    sigma = expected.sigma * factor * scale.sigma_scale
+    volatility = sigma / max(1.0, mean)
     level = level_of(volatility if config.volatility else 0.0)
     rho = autoscaling.rho_for(level, delay_s)
     price = autoscaling.price_for(level, profile.capacity) * (1.0 if by_steps else FULL_STEPS_PRICE)
-    target = target_workers(expected.mean, sigma, float(profile.capacity), price, rho)
+    target = target_workers(mean, sigma, float(profile.capacity), price, rho)
     unit = profile.provision_unit_workers
     target = min(view.workers_max, max(view.workers_min, -(-target // unit) * unit))
     hold_s = autoscaling.hold_s(delay_s)
     scale = autoscaling.remember(scale, target, now_s, hold_s)
     lowest = scale.recent[0][1]
     present = sv.ready.size + sv.starting.size
-    why = f"{sv.active} active, {expected.mean:.0f}±{sigma:.0f} expected in {delay_s:g} s, target {target}"
+    why = f"{sv.active} active, {mean:.0f}±{sigma:.0f} expected in {delay_s:g} s, target {target}"
     if target > present:
         _grow(view, sv, target - present, why, actions)
     elif lowest < present and autoscaling.may_shrink(scale, now_s, hold_s):

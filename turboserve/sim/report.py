@@ -164,7 +164,10 @@ def figures(run: Run, start_us: int, end_us: int) -> dict[str, Any]:
 
 def worker_hours(run: Run, start_us: int, end_us: int) -> float:
     """Billed time inside [start_us, end_us], hours. The bill ends with the run, whenever a last release comes."""
-    total = sum(max(0, min(end_us if b.release_us is None else b.release_us, end_us) - max(b.request_us, start_us)) for b in run.log.bills)
+    total = sum(
+        max(0, min(end_us if b.release_us is None else b.release_us, end_us) - max(b.request_us, start_us))
+        for b in run.log.bills
+    )
     return total / US / 3600
 
 

@@ -159,7 +159,7 @@ def test_demand_uses_whole_seconds_of_the_callers_clock() -> None:
 
 
 def test_a_load_of_short_periods_is_reckoned_from_their_chunks() -> None:
-    """Five sessions a second of one and a half chunks, each gone after 0.6 s: three are seen, seven and a half to do."""
+    """Five sessions a second of one and a half chunks, each gone after 0.6 s: three are seen, there is work for 7.5."""
     work, chunks = Work(), 0.0
     for second in range(300):
         work = follow(work, int(chunks), 3, float(second))
@@ -171,3 +171,24 @@ def test_a_load_of_short_periods_is_reckoned_from_their_chunks() -> None:
     for second in range(300):
         overrun = follow(overrun, 4 * second, 30, float(second))
     assert work_factor(overrun, 5.0, 1.0) == 1.0, "a backlog is no reason to reckon with less than there is"
+
+
+def test_the_room_of_a_crowd_is_kept_only_where_viewers_were_late() -> None:
+    assert [autoscaling.crowd_hold_s(share) for share in (0.0, 0.003, 0.0045, 0.006, 0.5)] == pytest.approx(
+        [0, 0, 150, 300, 300]
+    )
+    seen = Demand()
+    for second in range(100):
+        seen = observe(seen, 50 if second < 20 else 3, float(second))
+    assert [demand.largest(seen, seconds) for seconds in (0.0, 60.0, 90.0, 300.0)] == [0, 3, 50, 50]
+
+
+def test_late_chunks_are_followed_after_the_first_minutes() -> None:
+    view, service = make_view((load_profile("k4"),), workers_max=4, workers_min=1), Service()
+    shares = []
+    for now_s, chunks, late in ((0.0, 0, 0), (100.0, 100, 80), (400.0, 400, 80), (460.0, 500, 180), (2260.0, 900, 180)):
+        view.observed.chunks, view.observed.late_chunks = chunks, late
+        service = look(service, view, now_s)
+        shares.append(service.late_share)
+    assert shares[:3] == [0.0, 0.0, 0.0] and shares[3] == pytest.approx(1 - math.exp(-60 / SERVICE_FADE_S))
+    assert shares[4] == pytest.approx(shares[3] / math.e)

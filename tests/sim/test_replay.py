@@ -308,3 +308,22 @@ def test_a_level_load_of_tiny_sessions_is_served_without_swinging(profile: str, 
     figures = report(simulate(read_trace(path), load_profile(profile), made, Settings(steps_floor=2, provision_s=30.0)))
     assert figures["on_time_share"] >= 0.999 and figures["reduced_step_share"] <= 0.02
     assert figures["workers"]["max"] <= 5 and figures["scale_outs"] <= 10
+
+
+def test_for_a_crowd_that_comes_again_and_again_its_room_is_kept(tmp_path: Path) -> None:
+    """Fifty sessions at once every four minutes, for two each: by the fourth time their workers are not given back."""
+    lines = [
+        line
+        for wave in range(8)
+        for second, event in ((0, "arrive,"), (0, "active,120"), (120, "depart,"))
+        for n in range(50)
+        for line in [f"{240 * wave + second + n / 50:.3f},s{wave}_{n},{event}"]
+    ]
+    lines.sort(key=lambda line: float(line.split(",")[0]))
+    made = make_policy("turboserve", scaling=True, provision_s=30.0)
+    run = simulate(
+        trace_of(" ".join(lines), tmp_path), K4, made, Settings(steps_floor=2, provision_s=30.0, warmup_s=700.0)
+    )
+    figures = report(run)
+    assert figures["on_time_share"] > 0.999 and figures["warmup"]["on_time_share"] < 0.9
+    assert figures["workers"]["mean"] < 16, "thirteen have room for fifty"

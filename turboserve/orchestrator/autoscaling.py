@@ -30,6 +30,8 @@ GROW_GAIN, SHRINK_GAIN = 0.03, 0.025  # a refinement, as powers of e, at twice t
 HOLD_SHARE = 0.5  # of the provisioning delay
 PROFILED_DELAY_S, PROFILED_CAPACITY = 30.0, 4.0
 HOLD_MIN_S, HOLD_MAX_S = 3.0, 20.0
+LATE_SHARE = 0.003  # of chunks, lately: thrice what is allowed in all; below it may be chance
+LATE_HOLD_S = 300.0  # at twice that share; HPA keeps as long whatever comes
 INV_SQRT_TWO_PI = 1.0 / math.sqrt(2.0 * math.pi)
 
 
@@ -96,6 +98,12 @@ def may_shrink(memory: ScaleMemory, now_s: float, hold_s: float) -> bool:
 def hold_s(provision_s: float) -> float:
     """How long a lower target must last before the fleet shrinks."""
     return min(HOLD_MAX_S, max(HOLD_MIN_S, HOLD_SHARE * provision_s))
+
+
+def crowd_hold_s(late_share: float) -> float:
+    """How long the room that a crowd took is kept for the next one: not at all, unless viewers were late lately, as
+    they are where crowds come again and again and the workers were given back each time."""
+    return LATE_HOLD_S * min(1.0, late_share / LATE_SHARE - 1.0) if late_share > LATE_SHARE else 0.0
 
 
 def refine(memory: ScaleMemory, pressure: float, now_s: float) -> ScaleMemory:

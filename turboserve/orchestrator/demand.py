@@ -88,6 +88,12 @@ def work_factor(work: Work, period_s: float, chunk_s: float) -> float:
     return min(WORK_FACTOR_MAX, max(1.0, work.chunks * chunk_s / work.active_s))
 
 
+def largest(demand: Demand, seconds: float) -> float:
+    """The largest count of the last `seconds`; 0 of none."""
+    look = min(demand.count, int(seconds))
+    return float(demand.samples[SAMPLES_MAX - look :].max()) if look > 0 else 0.0
+
+
 def lately(demand: Demand) -> float:
     """Mean count of the last seconds: of sessions that stay for a few chunks, one count is mostly chance."""
     return float(demand.samples[SAMPLES_MAX - max(1, min(demand.count, LATELY_S)) :].mean())

@@ -15,7 +15,7 @@ import numpy as np
 
 from turboserve.orchestrator import autoscaling, brownout, fairness, placement, residency
 from turboserve.orchestrator.autoscaling import ScaleMemory, level_of, target_workers
-from turboserve.orchestrator.demand import Demand, Work, follow, forecast, lately, observe, work_factor
+from turboserve.orchestrator.demand import Demand, Work, follow, forecast, largest, lately, observe, work_factor
 from turboserve.orchestrator.placement import Survey, lightest, promise, survey
 from turboserve.orchestrator.plan import (
     Action,
@@ -163,7 +163,8 @@ def _size_fleet(
     target = min(view.workers_max, max(view.workers_min, -(-target // unit) * unit))
     hold_s = autoscaling.hold_s(delay_s)
     scale = autoscaling.remember(scale, target, now_s, hold_s)
-    lowest = scale.recent[0][1]
+    crowd = largest(memory.demand, autoscaling.crowd_hold_s(memory.service.late_share)) * factor
+    lowest = max(scale.recent[0][1], -(-math.ceil(crowd / profile.capacity - 1e-9) // unit) * unit)
     present = sv.ready.size + sv.starting.size
     why = f"{sv.active} active, {mean:.0f}±{sigma:.0f} expected in {delay_s:g} s, target {target}"
     if target > present:

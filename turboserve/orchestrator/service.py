@@ -1,4 +1,5 @@
-"""What viewers got lately: the share of chunks with fewer denoise steps. The autoscaler keeps it near an aim."""
+"""What viewers got lately: the share of chunks with fewer denoise steps, which the autoscaler keeps near an aim, and
+the share of late ones, of which there should be hardly any."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ class Service:
     reduced_share: float = REDUCED_SHARE
     chunks_seen: int = 0
     reduced_seen: int = 0
+    late_share: float = 0.0
+    late_seen: int = 0
     since_s: float | None = None
     look_s: float = 0.0
 
@@ -33,6 +36,7 @@ def look(service: Service, view: ClusterView, now_s: float) -> Service:
             service,
             chunks_seen=seen.chunks,
             reduced_seen=seen.reduced_chunks,
+            late_seen=seen.late_chunks,
             since_s=since_s,
             look_s=now_s,
         )
@@ -40,10 +44,13 @@ def look(service: Service, view: ClusterView, now_s: float) -> Service:
         return service
     new = 1.0 - math.exp((service.look_s - now_s) / SERVICE_FADE_S)
     reduced = (seen.reduced_chunks - service.reduced_seen) / chunks
+    late = min(1.0, (seen.late_chunks - service.late_seen) / chunks)
     return Service(
         reduced_share=service.reduced_share + new * (reduced - service.reduced_share),
         chunks_seen=seen.chunks,
         reduced_seen=seen.reduced_chunks,
+        late_share=service.late_share + new * (late - service.late_share),
+        late_seen=seen.late_chunks,
         since_s=since_s,
         look_s=now_s,
     )

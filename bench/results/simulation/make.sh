@@ -22,12 +22,12 @@ latency() { compare "" --study latency "$@"; }
 cost() { # Worker-hours at equal service: ours, HPA, the smallest static fleet (which knows no delay).
     service $both $every --seeds 5 $(with $small) --policy turboserve --policy hpa:target=0.7
     service $both --seeds 5 $(with $small) --policy static-least
-    service $both $every --seeds 2 $(with $big) --policy turboserve
+    service $both $every --seeds 5 $(with $big) --policy turboserve
     service $both --seeds 1 $(with $big) --policy static-least --policy hpa:target=0.7
 }
 latencies() { # Chunk latency at equal fleets of ceil(peak / capacity) times 1.0, 1.3 and 1.6, full steps.
     latency $both --seeds 5 $(with $small) $fixed
-    latency $both --factor 1.0 --seeds 1 $(with $big) $fixed
+    latency $both --factor 1.0 --seeds 3 $(with $big) $fixed
 }
 tuning() { # Every knob setting of every baseline that declares some.
     compare "" --study tune $every $both $(with $three)

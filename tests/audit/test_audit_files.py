@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 from scripted_run import ScriptedRun
 
+from turboserve.audit import run_files
 from turboserve.audit.audit import audit_run
 from turboserve.cli.trace import command
 from turboserve.errors import ConfigError, TraceError
@@ -60,6 +61,9 @@ def test_settings_come_from_the_report_and_flags_win(tmp_path):
         (lambda text: text.replace("worker", "wrker", 1), "lacks worker"),
         (lambda text: text.replace("s0,1,0,w0,", "s0,one,0,w0,", 1), "line 4: index is 'one'"),
         (lambda text: text.replace("s0,1,0,w0,", "s0,1,0,", 1), "line 4 has 9 fields"),
+        (lambda text: text.replace("s0,1,0,w0,", f"s0,{10**20},0,w0,", 1), "line 4: index is '1000"),
+        (lambda text: text.replace("0.600000", "nan", 1), "line 2: finish_s is 'nan'"),
+        (lambda text: text.replace("0.600000", "inf", 1), "line 2: finish_s is 'inf'.*within 50 days"),
     ],
 )
 def test_broken_chunk_rows_are_named(spoil, words, tmp_path):
@@ -77,6 +81,13 @@ def test_broken_chunk_rows_are_named(spoil, words, tmp_path):
         (lambda text: text.replace("s0,idle", "s7,idle"), "line 6"),
         (lambda text: text.replace("s1,arrive", "s0,arrive"), "line 4: session s0 arrives twice"),
         (lambda text: text.replace("s0,idle", "s0,rests"), "line 6: unknown event 'rests'"),
+        (lambda text: text.replace("4.000,s0,idle", "inf,s0,idle"), "line 6: time inf is not within"),
+        (lambda text: text.replace("4.000,s0,idle", "nan,s0,idle"), "line 6: time nan is not within"),
+        (lambda text: text.replace("4.000,s0,idle", "-4,s0,idle"), "line 6: time -4 is not within"),
+        (lambda text: text.replace("active,4", "active,0"), "line 3: chunks 0 are not within 1 to"),
+        (lambda text: text.replace("active,4", f"active,{10**12}"), "line 3: chunks 1000"),
+        (lambda text: text.replace("4.000,s0,idle", "\n4.000,s0,idle"), "line 6: a blank line"),
+        (lambda text: text.replace("s0,idle,", "s0"), "line 6: 2 fields"),
     ],
 )
 def test_broken_trace_lines_are_named(spoil, words, tmp_path):
@@ -121,3 +132,120 @@ def test_command_prints_one_object_and_exits_by_what_it_found(tmp_path):
     assert CliRunner().invoke(command, same_flags, standalone_mode=False).return_value == 0
     broken = CliRunner().invoke(command, [*arguments, "--provision-s", "60"], standalone_mode=False)
     assert broken.return_value == 1 and json.loads(broken.stdout)["violations"][0]["rule"] == "provision"
+
+
+def test_a_trace_of_too_many_chunks_is_refused(tmp_path, monkeypatch):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    monkeypatch.setattr(run_files, "CHUNK_ROOM", 71)
+    with pytest.raises(TraceError, match="asks for 72 chunks; expected at most 71"):
+        audit_run(directory, trace, str(profile), {})
+
+
+def test_a_cut_or_unpacked_file_is_named(tmp_path):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    for path in (directory / "chunks.csv.gz", trace):
+        whole = path.read_bytes()
+        for data, words in (
+            (whole[: len(whole) // 2], f"{path.name} is truncated"),
+            (gzip.decompress(whole), f"{path.name} is not gzip"),
+            (whole[:40] + b"\xff" * 20 + whole[60:], f"{path.name} (is damaged|is not gzip, or is damaged)"),
+            (gzip.compress(b"\xff\xfe"), f"{path.name} is damaged"),
+        ):
+            path.write_bytes(data)
+            with pytest.raises(TraceError, match=words):
+                audit_run(directory, trace, str(profile), {})
+        path.write_bytes(whole)
+    assert audit_run(directory, trace, str(profile), {"warmup_s": 10.0})["violation_counts"] == {}
+
+
+def test_a_cut_file_is_no_interruption(tmp_path):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    trace.write_bytes(trace.read_bytes()[:-12])
+    main = pytest.importorskip("turboserve.cli.main").main
+    said = CliRunner().invoke(
+        main, ["trace", "audit", str(directory), "--trace", str(trace), "--profile", str(profile)]
+    )
+    assert said.exit_code == 1 and "truncated" in said.stderr and "interrupted" not in said.stderr
+
+
+def test_the_trace_may_be_plain_or_marked_and_end_in_blank_lines(tmp_path):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    text = gzip.decompress(trace.read_bytes())
+    for name, data in (
+        ("plain.csv", text + b"\n\n"),
+        ("packed.csv", gzip.compress(text)),
+        ("marked.csv", b"\xef\xbb\xbf" + text.replace(b",s0,", b',"s0",')),
+    ):
+        (tmp_path / name).write_bytes(data)
+        answer = audit_run(directory, tmp_path / name, str(profile), {"warmup_s": 10.0})
+        assert answer["violation_counts"] == {}
+
+
+@pytest.mark.parametrize("value", ["null", "Infinity", "NaN", "1e400", '"5"', "true"])
+def test_the_end_of_a_transfer_is_a_number_or_left_out(value, tmp_path):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    path = directory / "decisions.jsonl"
+    path.write_text(path.read_text().replace('"end_s": 5.075', f'"end_s": {value}'))
+    if value == "null":
+        assert "transfer_time" in audit_run(directory, trace, str(profile), {"warmup_s": 10.0})["violation_counts"]
+    else:
+        with pytest.raises(TraceError, match=r"decisions\.jsonl line 8"):
+            audit_run(directory, trace, str(profile), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "report.json is no report"),
+        ('{"settings": []}', "report.json is no report"),
+        ('{"chunks": NaN}', "report.json is not JSON: NaN"),
+        ("[" * 100_000, "report.json is not JSON"),
+        ('{"settings": {"warmup_s": "soon"}}', "settings.warmup_s of report.json is 'soon'"),
+        ('{"settings": {"pace": "fast"}}', "settings.pace of report.json is 'fast'; expected realtime"),
+        ('{"settings": {"provision_s": null}}', "settings.provision_s of report.json is None"),
+    ],
+)
+def test_a_broken_report_is_named(text, words, tmp_path):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    (directory / "report.json").write_text(text)
+    with pytest.raises((TraceError, ConfigError), match=words):
+        audit_run(directory, trace, str(profile), {})
+
+
+def test_a_figure_beyond_any_number_differs(tmp_path):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    (directory / "report.json").write_text(f'{{"chunks": 1e400, "cost": {10**400}}}')
+    assert audit_run(directory, trace, str(profile), {"warmup_s": 10.0})["violation_counts"] == {"report": 2}
+
+
+def test_the_bound_on_the_fleet_comes_from_the_report(tmp_path):
+    run = ScriptedRun()
+    run.report = {"settings": {"workers_max": 2, "warmup_s": 10.0}}
+    directory, trace, profile = run.write(tmp_path)
+    answer = audit_run(directory, trace, str(profile), {})
+    assert answer["settings"]["max_workers"] == 2 and answer["violation_counts"] == {"max_workers": 1}
+    assert audit_run(directory, trace, str(profile), {"max_workers": 3})["violation_counts"] == {}
+
+
+def test_a_flag_that_is_no_number_is_refused(tmp_path):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    with pytest.raises(ConfigError, match="--provision-s is nan"):
+        audit_run(directory, trace, str(profile), {"provision_s": float("nan")})
+
+
+def test_flags_of_the_run_that_no_rule_asks_about_are_taken(tmp_path):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    arguments = ["audit", str(directory), "--trace", str(trace), "--profile", str(profile), "--warmup-s", "10"]
+    for more in (["--out", str(directory)], ["--html"], ["--no-html"]):
+        assert CliRunner().invoke(command, [*arguments, *more], standalone_mode=False).return_value == 0
+
+
+@pytest.mark.parametrize("key", ["chunk_s", "migrate_s", "batch_latency_s", "provision_s"])
+def test_a_profile_with_words_for_numbers_is_named(key, tmp_path):
+    directory, trace, profile = ScriptedRun().write(tmp_path)
+    profile.write_text(json.dumps(json.loads(profile.read_text()) | {key: "much"}))
+    with pytest.raises(ConfigError, match=key):
+        audit_run(directory, trace, str(profile), {})
+    profile.write_text("7")
+    with pytest.raises(ConfigError, match="no JSON object"):
+        audit_run(directory, trace, str(profile), {})

@@ -83,6 +83,20 @@ ARRIVAL = {"time_s": 0, "event_type": "session_arrival", "session_id": "a"}
         ([ARRIVAL, ARRIVAL | {"time_s": 1, "event_type": "user_active"}], "event 1: session a is active already"),
         ([ARRIVAL | {"event_type": "user_idle"}], "event 0: user_idle of session a, which is not open"),
         ([ARRIVAL | {"payload": {"chunks": 0}}], "event 0: payload.chunks is 0"),
+        ([ARRIVAL | {"payload": {"chunks": 10**30}}], "event 0: payload.chunks is 1000"),
+        ([ARRIVAL | {"payload": ["chunks"]}], r"event 0 has payload \['chunks'\].*an object"),
+        ([ARRIVAL | {"payload": {"tenant": "a,b"}}], "event 0: payload.tenant is 'a,b'"),
+        ([ARRIVAL | {"sequence": "first"}], "event 0 has sequence 'first'"),
+        ([ARRIVAL | {"sequence": float("nan")}], "event 0 has sequence nan"),
+        ([ARRIVAL | {"sequence": 10**400}], "event 0 has sequence 1000"),
+        ([ARRIVAL | {"time_s": float("nan")}], "event 0 has time_s nan.*seconds from 0"),
+        ([ARRIVAL | {"time_s": float("inf")}], "event 0 has time_s inf.*shift the times"),
+        ([ARRIVAL | {"time_s": 10**400}], "event 0 has time_s 1000"),
+        ([ARRIVAL | {"time_s": True}], "event 0 has time_s True"),
+        ([ARRIVAL | {"event_type": ["x"]}], r"event 0 has type \['x'\]"),
+        ([ARRIVAL | {"session_id": "a,b"}], "event 0 has session_id 'a,b'.*printable"),
+        ([ARRIVAL | {"session_id": "a\nb"}], "event 0 has session_id"),
+        ([ARRIVAL | {"session_id": None}], "event 0 has session_id None"),
     ],
 )
 def test_broken_events_are_named(events, words):
@@ -121,3 +135,59 @@ def test_wrong_options_are_named(trace_path, tmp_path):
         run("synth", tmp_path / "x.csv.gz", "--kind", "lunar")
     with pytest.raises(ConfigError, match="tenant-loads"):
         run("synth", tmp_path / "x.csv.gz", "--tenant-loads", "1,many")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--kind", "bogus"), "no arrival curve 'bogus'; expected steady .* family"),
+        (("--tenant-loads", "1,nan"), "tenant loads 1,nan; expected numbers above 0"),
+        (("--tenant-loads", "inf"), "tenant loads inf"),
+        (("--horizon-s", "inf"), "horizon_s is inf; expected a number above 0"),
+        (("--horizon-s", "nan"), "horizon_s is nan"),
+        (("--mean-active", "nan"), "mean_active is nan"),
+        (("--swing", "inf"), "swing is inf; expected a number from 0 to"),
+        (("--swing", "nan"), "swing is nan"),
+        (("--tail", "inf"), "tail is inf"),
+        (("--idle-s", "nan"), "idle_s_mean is nan"),
+        (("--periods", "inf"), "periods_mean is inf"),
+        (("--mean-active", "1e6", "--horizon-s", "1e6"), "1e.12 chunks would be drawn; expected at most"),
+        (("--mean-active", "1e4", "--active-s", "0.1"), "active periods would be drawn"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(flags, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        run("synth", tmp_path / "x.csv.gz", *flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lines", ["", "0,a,arrive,\n9,a,depart,\n", "0,a,arrive,\n0,a,active,5\n"])
+def test_a_base_without_active_periods_or_length_is_refused(lines, tmp_path):
+    (tmp_path / "base.csv").write_text("time_s,session_id,event,chunks\n" + lines)
+    with pytest.raises(TraceError, match=r"base has . sessions with an active period"):
+        run("synth", tmp_path / "x.csv.gz", "--kind", "family", "--base", tmp_path / "base.csv")
+
+
+def test_an_unwritable_target_is_named(trace_path, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    run("convert", trace_path, tmp_path / "e.json")
+    for arguments in (
+        ("synth", tmp_path / "file" / "x.csv.gz", "--horizon-s", "60"),
+        ("convert", trace_path, tmp_path / "file" / "e.json"),
+        ("convert", tmp_path / "e.json", tmp_path / "missing" / "t.csv.gz"),
+    ):
+        with pytest.raises(ConfigError, match=r"cannot write .*(file|missing)"):
+            run(*arguments)
+
+
+def test_a_picture_that_cannot_be_written_is_named(trace_path, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match=r"cannot write .*missing"):
+        run("plot", trace_path, "-o", tmp_path / "missing" / "p.png")
+
+
+def test_events_that_are_no_text_are_named(trace_path, tmp_path):
+    for data, words in ((b"\xff\xfe{", "is not JSON"), (b"[" * 100_000, "nested too deeply|is not JSON")):
+        (tmp_path / "e.json").write_bytes(data)
+        with pytest.raises(TraceError, match=words):
+            run("convert", tmp_path / "e.json", tmp_path / "t.csv.gz")

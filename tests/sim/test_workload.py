@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from turboserve.errors import ConfigError
 from turboserve.sim.trace import ACTIVE, read_trace, write_trace
 from turboserve.sim.trace_stats import stats
-from turboserve.sim.workload import CURVES, FAMILY_FACTORS, Workload, generate, rescaled, volatility_family
+from turboserve.sim.workload import CURVES, FAMILY_FACTORS, Workload, generate, rescaled, swung, volatility_family
 
 
 def same(a, b):
@@ -69,6 +69,17 @@ def test_the_family_grows_in_volatility():
     swing = [stats(trace)["active_cv_after_ramp"] for trace in family]
     assert len(family) == len(FAMILY_FACTORS) == 10
     assert swing[9] > 2 * swing[0] and np.corrcoef(FAMILY_FACTORS, swing)[0, 1] > 0.9
+
+
+def test_a_large_swing_reaches_less_than_its_name_as_documented():
+    rng = np.random.default_rng(0)
+    reached = {}
+    for kind in ("diurnal", "flash"):
+        curve = CURVES[kind](3600.0, rng)
+        for factor in (1.4, 1.6, 1.8, 2.0):
+            reached[kind, factor] = swung(curve, factor).std() / curve.std()
+    assert [round(reached["diurnal", factor], 2) for factor in (1.4, 1.6, 1.8, 2.0)] == [1.4, 1.55, 1.65, 1.72]
+    assert reached["flash", 2.0] == pytest.approx(2.0)
 
 
 def test_a_trace_can_be_rescaled():

@@ -10,9 +10,9 @@ import numpy as np
 from turboserve.audit import figures, rules
 from turboserve.audit.findings import Findings
 from turboserve.audit.fleet import check_lifetimes, lifetimes
-from turboserve.audit.run_files import Run, TracePeriods, read_profile, read_run, read_trace
+from turboserve.audit.run_files import Run, TracePeriods, is_number, read_profile, read_run, read_trace
 from turboserve.audit.whereabouts import rebuild
-from turboserve.errors import TraceError
+from turboserve.errors import ConfigError, TraceError
 
 DEFAULTS = {
     "pace": "realtime",
@@ -23,6 +23,10 @@ DEFAULTS = {
     "warmup_s": 600.0,
     "steps_floor": None,
 }
+SAID_AS = {"max_workers": "workers_max"}
+"""Settings that report.json calls by another name than the flag."""
+WORDS = {"pace": ("realtime", "closed"), "batching": ("chunk", "pass")}
+MAY_BE_NONE = ("workers", "max_workers", "steps_floor")
 
 
 def audit_run(directory: Path, trace_path: Path, profile_name: str, flags: dict) -> dict:
@@ -54,7 +58,7 @@ def audit_run(directory: Path, trace_path: Path, profile_name: str, flags: dict)
         fleet,
         provision_s=settings["provision_s"],
         initial=settings["workers"] if fixed else settings["initial_workers"],
-        most=settings["max_workers"],
+        most=None if fixed else settings["max_workers"],  # the bound is one on growth
         findings=findings,
     )
     floor = max(profile["denoise_steps_floor"], settings["steps_floor"] or 0)
@@ -85,9 +89,17 @@ def _settings(flags: dict, report: dict | None, profile: dict) -> dict:
     defaults = DEFAULTS | {"provision_s": profile.get("provision_s", 0.0)}
     settings = {}
     for name, default in defaults.items():
-        value = flags.get(name)
+        value, source = flags.get(name), f"--{name.replace('_', '-')}"
         if value is None:
-            value = said.get(name, default)
+            key = SAID_AS.get(name, name)
+            value, source = said.get(key, default), f"settings.{key} of report.json"
+        if name in WORDS:
+            good, expected = value in WORDS[name], " | ".join(WORDS[name])
+        else:
+            good = (is_number(value) and value >= 0) or (value is None and name in MAY_BE_NONE)
+            expected = "a number of at least 0"
+        if not good:
+            raise ConfigError(f"{source} is {value!r}", expected=expected, hint="give the flag that the run was given")
         settings[name] = value
     return settings
 

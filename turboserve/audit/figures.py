@@ -9,7 +9,7 @@ import numpy as np
 
 from turboserve.audit.findings import TOLERANCE_S, Findings
 from turboserve.audit.fleet import Lifetime
-from turboserve.audit.run_files import Run, TracePeriods
+from turboserve.audit.run_files import Run, TracePeriods, is_number
 from turboserve.audit.whereabouts import Whereabouts
 
 SECONDS_PER_HOUR = 3600.0
@@ -219,7 +219,7 @@ def check_report(report: dict, figures: dict, findings: Findings) -> None:
     """The report must not claim other figures than its own files give."""
 
     def differs(claimed: object, found: float, scale: float) -> bool:
-        return not isinstance(claimed, int | float) or abs(claimed - found) > scale * max(1.0, abs(found))
+        return not is_number(claimed) or abs(claimed - found) > scale * max(1.0, abs(found))  # type: ignore[operator]
 
     for key in EXACT + CLOSE:
         scale = 1e-5 if key in CLOSE else 1e-9

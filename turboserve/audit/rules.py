@@ -14,8 +14,8 @@ from turboserve.audit.fleet import Lifetime
 from turboserve.audit.run_files import Run, TracePeriods
 from turboserve.audit.whereabouts import Whereabouts
 
-MICROS_PER_SESSION = 1 << 40
-"""Room for 12 days in microseconds: (session, time) as one sortable integer."""
+MICROS_PER_SESSION = 1 << 42
+"""Room for 50 days in microseconds: (session, time) as one sortable integer."""
 
 
 def _where(run: Run, trace: TracePeriods, row: int) -> dict:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import math
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -23,10 +29,18 @@ CHUNK_INTS = ("index", "period", "batch", "n", "steps")
 CHUNK_TIMES = ("release_s", "start_s", "finish_s")
 FLEET_EVENTS = ("worker_request", "worker_ready", "worker_release", "worker_lost", "drain")
 SESSION_EVENTS = ("place", "migrate", "suspend", "resume", "set_steps", "queue")
+DECISION = 'an object with "time_s", "event" and "reason", times in seconds'
 PROFILE_KEYS = (
     *("chunk_s", "chunk_target_s", "batch_latency_s", "capacity", "resident_max", "denoise_steps"),
     *("denoise_steps_floor", "step_latency_share", "offload_s", "resume_s", "migrate_s"),
 )
+DAY_S = 86_400
+TRACE_DAYS = 31
+RUN_DAYS = 50
+"""A run may go on after its trace; (session, microsecond) must stay one sortable integer (rules.py)."""
+PERIOD_CHUNKS = TRACE_DAYS * DAY_S
+CHUNK_ROOM = 100_000_000
+"""Chunks that a trace may ask for in all."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,40 @@ class Run:
     worker_names: list[str]
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file cannot be read and why; a cut gzip stream would else end as an interruption."""
+    try:
+        yield
+    except EOFError as bad:
+        raise TraceError(
+            f"{path} is truncated: its gzip stream stops early", expected="a whole file", hint="copy or write it again"
+        ) from bad
+    except gzip.BadGzipFile as bad:
+        raise TraceError(f"{path} is not gzip, or is damaged: {bad}", expected="gzip-compressed CSV") from bad
+    except (zlib.error, UnicodeDecodeError, csv.Error) as bad:
+        raise TraceError(f"{path} is damaged: {bad}", expected="UTF-8 text, gzip-compressed if named .gz") from bad
+    except OSError as bad:
+        raise TraceError(f"{path} cannot be read: {bad.strerror or bad}", expected="a file that can be read") from bad
+
+
+def _json(text: str) -> object:
+    """Strict JSON: Python would take NaN and Infinity too."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def is_number(value: object) -> bool:
+    """A finite number, one that a float can hold; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def read_profile(path_or_name: str) -> dict:
     """A latency profile from a file, or by the name of one that ships with the package."""
     path = Path(path_or_name)
@@ -73,12 +121,27 @@ def read_profile(path_or_name: str) -> dict:
             raise ConfigError(f"no profile {path_or_name!r}", expected="a JSON file or the name of a shipped profile")
         path = Path(str(shipped))
     try:
-        profile = json.loads(path.read_text())
+        profile = _json(path.read_text())
+    except OSError as bad:
+        raise ConfigError(f"{path} cannot be read: {bad.strerror}", expected="a latency profile") from bad
     except ValueError as bad:
         raise ConfigError(f"{path} is not JSON: {bad}", expected="the JSON that `calibrate` writes") from bad
+    if not isinstance(profile, dict):
+        raise ConfigError(f"{path} is no JSON object", expected="the JSON that `calibrate` writes")
     missing = [key for key in PROFILE_KEYS if key not in profile]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}", expected="a complete latency profile")
+    table = profile["batch_latency_s"]
+    if not isinstance(table, list) or not table or not all(is_number(value) for value in table):
+        raise ConfigError(
+            f"{path}: batch_latency_s is not a list of numbers", expected="seconds for a batch of 1, 2, ..."
+        )
+    for key in (*PROFILE_KEYS, "provision_s", "price_per_worker_hour"):
+        if key != "batch_latency_s" and key in profile and not is_number(profile[key]):
+            raise ConfigError(f"{path}: {key} is {profile[key]!r}", expected="a number")
+    for key in ("chunk_s", "denoise_steps"):
+        if profile[key] <= 0:
+            raise ConfigError(f"{path}: {key} is {profile[key]!r}", expected="a number above 0")
     return profile
 
 
@@ -89,35 +152,56 @@ def read_trace(path: Path, chunk_s: float) -> TracePeriods:
     depart: list[float] = []
     rows: list[tuple[int, float, int]] = []
     horizon_s = 0.0
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rt") as lines:
-        header = lines.readline().strip()
-        if header.split(",")[:4] != ["time_s", "session_id", "event", "chunks"]:
-            raise TraceError(f"{path} line 1 is {header!r}", expected="time_s,session_id,event,chunks[,tenant]")
-        for number, line in enumerate(lines, start=2):
+    asked_in_all = 0
+    blank = 0
+    with _trace_text(path) as text:
+        lines = csv.reader(text)
+        header = next(lines, [])
+        if header[:4] != ["time_s", "session_id", "event", "chunks"]:
+            raise TraceError(
+                f"{path} line 1 is {','.join(header)[:80]!r}", expected="time_s,session_id,event,chunks[,tenant]"
+            )
+        for fields in lines:
+            number = lines.line_num
             try:
-                time_text, name, event, chunks_text = line.rstrip("\r\n").split(",")[:4]
+                if not "".join(fields).strip():  # allowed at the end alone
+                    blank = blank or number
+                    continue
+                if blank:
+                    number = blank
+                    raise ValueError("a blank line")
+                if len(fields) < 4:
+                    raise ValueError(f"{len(fields)} fields")
+                time_text, name, event, chunks_text = fields[:4]
                 time_s = float(time_text)
+                if not 0 <= time_s <= TRACE_DAYS * DAY_S:
+                    raise ValueError(f"time {time_text} is not within 0 to {TRACE_DAYS * DAY_S} s ({TRACE_DAYS} days)")
+                if event not in ("arrive", "active", "idle", "depart"):
+                    raise ValueError(f"unknown event {event!r}")
                 if event == "arrive":
                     if name in code:
                         raise ValueError(f"session {name} arrives twice")
                     code[name] = len(code)
                     arrive.append(time_s)
                     depart.append(math.inf)
+                elif name not in code:
+                    raise ValueError(f"session {name} has not arrived")
                 elif event == "active":
-                    rows.append((code[name], time_s, math.ceil(int(chunks_text) / chunk_s - 1e-9)))
+                    asked = int(chunks_text)
+                    if not 1 <= asked <= PERIOD_CHUNKS:
+                        raise ValueError(f"chunks {chunks_text} are not within 1 to {PERIOD_CHUNKS}")
+                    asked_in_all += asked
+                    rows.append((code[name], time_s, math.ceil(asked / chunk_s - 1e-9)))
                 elif event == "depart":
                     depart[code[name]] = time_s
-                elif event == "idle":
-                    code[name]  # an unknown session is an error here too
-                else:
-                    raise ValueError(f"unknown event {event!r}")
-            except (ValueError, KeyError) as bad:
+            except ValueError as bad:
                 raise TraceError(
                     f"{path} line {number}: {bad}",
                     expected="time_s,session_id,arrive|active|idle|depart,chunks, each session's life in order",
                 ) from bad
             horizon_s = max(horizon_s, time_s)
+    if asked_in_all > CHUNK_ROOM:
+        raise TraceError(f"{path} asks for {asked_in_all} chunks", expected=f"at most {CHUNK_ROOM}")
     rows.sort(key=lambda row: row[0])  # stable: a session's periods stay in time order
     session = np.array([row[0] for row in rows], np.int64)
     chunks = np.array([row[2] for row in rows], np.int64)
@@ -138,6 +222,17 @@ def read_trace(path: Path, chunk_s: float) -> TracePeriods:
     )
 
 
+@contextmanager
+def _trace_text(path: Path) -> Iterator[TextIO]:
+    """The trace as text, unpacked where it begins as gzip does; a byte order mark is passed over."""
+    with _named(path), path.open("rb") as raw:
+        packed = path.suffix == ".gz" or raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        plain = gzip.GzipFile(fileobj=raw) if packed else raw
+        with io.TextIOWrapper(plain, encoding="utf-8-sig") as text:
+            yield text
+
+
 def read_run(directory: Path, trace: TracePeriods) -> Run:
     """The files of a run. A session that the trace does not have gets the code -1."""
     if not directory.is_dir():
@@ -152,16 +247,27 @@ def read_run(directory: Path, trace: TracePeriods) -> Run:
         shed = {key: np.zeros(0, np.int64) for key in ("session_id", "index", "period")}
         shed["time_s"] = np.zeros(0)
     decisions = _read_decisions(directory / "decisions.jsonl")
-    report_path = directory / "report.json"
-    try:
-        report = json.loads(report_path.read_text()) if report_path.exists() else None
-    except ValueError as bad:
-        raise TraceError(f"{report_path} is not JSON: {bad}", expected="one JSON object") from bad
+    report = _read_report(directory / "report.json")
     for line in decisions:
         for key in ("worker", "source"):
             if line.get(key) is not None:
                 workers.setdefault(str(line[key]), len(workers))
     return Run(chunks=chunks, shed=shed, decisions=decisions, report=report, worker_names=list(workers))
+
+
+def _read_report(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        with _named(path):
+            report = _json(path.read_text())
+    except ValueError as bad:
+        raise TraceError(f"{path} is not JSON: {bad}", expected="one JSON object") from bad
+    if not isinstance(report, dict) or not isinstance(report.get("settings", {}), dict):
+        raise TraceError(
+            f"{path} is no report", expected='one JSON object, its "settings" an object', hint="simulate again"
+        )
+    return report
 
 
 def _read_csv(
@@ -173,7 +279,7 @@ def _read_csv(
     wanted = [*codes, *ints, *floats]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", newline="") as lines:
+    with _named(path), opener(path, "rt", newline="") as lines:
         header = lines.readline().strip().split(",")
         missing = [name for name in wanted if name not in header]
         if missing:
@@ -213,37 +319,57 @@ def _encode(texts: list[str], code: dict[str, int], *, grow: bool) -> np.ndarray
 
 
 def _numbers(texts: list[str], kind: type, path: Path, name: str, line_number: int) -> np.ndarray:
+    """The texts as numbers. Times must lie within the longest run: not-a-number would pass every rule."""
+    most = RUN_DAYS * DAY_S if kind is np.float64 else math.inf
     try:
-        return np.array(texts).astype(kind)
-    except ValueError:
-        for offset, text in enumerate(texts):
-            try:
-                kind(text)
-            except ValueError:
-                raise TraceError(
-                    f"{path} line {line_number + offset}: {name} is {text!r}", expected="a number"
-                ) from None
-        raise
+        values: np.ndarray = np.array(texts).astype(kind)
+        if kind is np.int64 or np.all(np.abs(values) <= most):
+            return values
+    except (ValueError, OverflowError):
+        pass  # named below
+    for offset, text in enumerate(texts):
+        try:
+            good = abs(kind(text)) <= most
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
+            raise TraceError(
+                f"{path} line {line_number + offset}: {name} is {text!r}",
+                expected=f"a number within {RUN_DAYS} days" if kind is np.float64 else "a whole number",
+            )
+    raise TraceError(f"{path}: {name} holds no numbers", expected="a number a line")
 
 
 def _read_decisions(path: Path) -> list[dict]:
     if not path.exists():
         raise TraceError(f"{path} is missing", expected="the --out of `turboserve simulate`")
     decisions = []
-    with path.open() as lines:
+    with _named(path), path.open() as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                decision = json.loads(line)
+                decision = _json(line)
+                if not isinstance(decision, dict):
+                    raise ValueError("no object")
+                event = decision["event"]
+                if not _is_time(decision["time_s"]):
+                    raise ValueError(f"time_s is {decision['time_s']!r}")
                 decision["time_s"] = float(decision["time_s"])
-                known = decision["event"] in FLEET_EVENTS or decision["event"] in SESSION_EVENTS
-            except (ValueError, KeyError, TypeError) as bad:
+                # null stands for a key left out, here as for worker, source and session
+                if decision.get("end_s") is None:
+                    decision.pop("end_s", None)
+                elif not _is_time(decision["end_s"]):
+                    raise ValueError(f"end_s is {decision['end_s']!r}")
+            except KeyError as bad:
+                raise TraceError(f"{path} line {number} lacks {bad}", expected=DECISION) from bad
+            except ValueError as bad:
+                raise TraceError(f"{path} line {number}: {bad}", expected=DECISION) from bad
+            if event not in FLEET_EVENTS + SESSION_EVENTS:
                 raise TraceError(
-                    f"{path} line {number}: {bad}", expected='an object with "time_s", "event" and "reason"'
-                ) from bad
-            if not known:
-                raise TraceError(
-                    f"{path} line {number}: unknown event {decision['event']!r}",
-                    expected=" | ".join(FLEET_EVENTS + SESSION_EVENTS),
+                    f"{path} line {number}: unknown event {event!r}", expected=" | ".join(FLEET_EVENTS + SESSION_EVENTS)
                 )
             decisions.append(decision)
     return decisions
+
+
+def _is_time(value: object) -> bool:
+    return is_number(value) and abs(value) <= RUN_DAYS * DAY_S  # type: ignore[arg-type]

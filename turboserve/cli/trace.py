@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from turboserve.cli.options import console, json_option, print_json
+from turboserve.errors import ConfigError
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the path that cannot be written."""
+    try:
+        yield
+    except OSError as e:
+        raise ConfigError(
+            f"cannot write {path}: {e.strerror or e}", expected="a file in a directory that can be written"
+        ) from e
 
 
 @click.group()
@@ -34,13 +48,15 @@ def command() -> None:
 @click.option("--seed", type=int, hidden=True)
 @click.option("--lose-at", multiple=True, hidden=True)
 @click.option("--knob", multiple=True, hidden=True)
+@click.option("--html/--no-html", default=None, hidden=True)
+@click.option("--out", hidden=True)
 @json_option
 def audit(directory: Path, trace_path: Path, profile: str, as_json: bool, **flags: Any) -> int:
     """Hold the files of the run in DIRECTORY against every rule; exit 1 on any violation.
 
-    Takes the flags that the run was started with; those that no rule asks about (--policy, --seed, --knob, --lose-at)
-    are allowed and ignored. Uses no code of the simulator. A flag left out is taken from the settings in report.json,
-    and the answer's `settings` says what was used.
+    Takes the flags that the run was started with; those that no rule asks about (--policy, --seed, --knob, --lose-at,
+    --html, --no-html, --out) are allowed and ignored. A flag left out is taken from the settings in report.json, and
+    the answer's `settings` says what was used. Uses no code of the simulator.
     """
     from turboserve.audit.audit import audit_run
 
@@ -118,7 +134,12 @@ def stats(files: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--periods", type=click.FloatRange(min=1), default=3.5, help="Mean active periods a session.")
 @click.option("--lengths", type=click.Choice(["lognormal", "pareto"]), default="lognormal")
 @click.option("--tail", type=click.FloatRange(min=0.1), default=1.0, help="Factor on p99 / p50 of period lengths.")
-@click.option("--swing", type=click.FloatRange(min=0), default=1.0, help="Factor on the arrival curve's deviation.")
+@click.option(
+    "--swing",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    help="Factor on the arrival curve's deviation, before rates are cut at 0.",
+)
 @click.option("--tenant-loads", default="1", help="Relative load of each tenant: 1,1,10.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @json_option
@@ -126,12 +147,14 @@ def synth(out: Path, kind: str, base: Path | None, tenant_loads: str, as_json: b
     """Draw a synthetic trace into OUT (NAME.csv.gz), the same one for the same options.
 
     --kind family writes ten: OUT-02.csv.gz to OUT-20.csv.gz, with 0.2 to 2.0 times the deviation of the diurnal
-    curve, or of the trace given by --base.
+    curve, or of the trace given by --base. Rates are cut at 0 and the mean is kept, so the last ones deviate by less
+    than their names say: the diurnal curve at 2.0 by 1.72 times.
     """
-    from turboserve.errors import ConfigError
     from turboserve.sim.trace import read_trace, write_trace
-    from turboserve.sim.workload import FAMILY_FACTORS, Workload, generate, rescaled, volatility_family
+    from turboserve.sim.workload import CURVES, FAMILY_FACTORS, Workload, generate, rescaled, volatility_family
 
+    if kind != "family" and kind not in CURVES:
+        raise ConfigError(f"no arrival curve {kind!r}", expected=" | ".join((*CURVES, "family")))
     try:
         loads = tuple(float(text) for text in tenant_loads.split(","))
     except ValueError:
@@ -163,8 +186,9 @@ def synth(out: Path, kind: str, base: Path | None, tenant_loads: str, as_json: b
             family = [rescaled(source, factor, workload.seed) for factor in FAMILY_FACTORS]
             made = dict(zip(paths, family, strict=True))
     for path, trace in made.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_trace(trace, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_trace(trace, path)
         console().print(f"{path}: {len(trace.session_ids)} sessions, {trace.time_us.size} events (synthetic)")
     if as_json:
         print_json({"written": [str(path) for path in made], "synthetic": True})
@@ -177,15 +201,18 @@ def convert(source: Path, target: Path) -> None:
     """Convert between our CSV and the released TurboServe JSON events; the names' endings say which is which."""
     import json
 
-    from turboserve.errors import ConfigError
     from turboserve.sim.trace import read_trace, write_trace
     from turboserve.sim.trace_convert import read_events, to_events
 
     kinds = tuple("json" if path.suffix == ".json" else "csv" for path in (source, target))
     if kinds == ("csv", "json"):
-        target.write_text(json.dumps(to_events(read_trace(source)), indent=1) + "\n")
+        text = json.dumps(to_events(read_trace(source)), indent=1) + "\n"
+        with writing(target):
+            target.write_text(text)
     elif kinds == ("json", "csv"):
-        write_trace(read_events(source), target)
+        made = read_events(source)
+        with writing(target):
+            write_trace(made, target)
     else:
         raise ConfigError(
             f"{source.name} to {target.name} is no conversion", expected="one .json and one .csv or .csv.gz"
@@ -201,5 +228,7 @@ def plot(files: tuple[Path, ...], out: Path) -> None:
     from turboserve.sim.trace import read_trace
     from turboserve.sim.trace_plot import plot as draw
 
-    draw([read_trace(path) for path in files], out)
+    traces = [read_trace(path) for path in files]
+    with writing(out):
+        draw(traces, out)
     console().print(f"wrote {out}")

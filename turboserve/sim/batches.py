@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from turboserve.errors import TraceError
 from turboserve.orchestrator.batching import linear_cost
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.orchestrator.view import ClusterView
@@ -69,7 +70,14 @@ class Batches:
         self.members = np.zeros((view.workers.capacity, profile.resident_max + 2), np.int64)
         self.in_batch = np.zeros((view.workers.capacity, profile.batch_max), np.int64)
         self.heap = np.zeros(view.workers.capacity, np.int64)
-        self.rows = np.zeros((chunks_total, ROW_FIELDS), np.int64)
+        try:
+            self.rows = np.zeros((chunks_total, ROW_FIELDS), np.int64)
+        except (MemoryError, ValueError) as e:
+            raise TraceError(
+                f"no memory for the {chunks_total} chunks of this trace",
+                expected=f"{chunks_total * ROW_FIELDS * 8 / 2**30:.1f} GiB free",
+                hint="cut the trace into shorter windows",
+            ) from e
         self.totals = np.zeros(6, np.int64)
         self.notes = np.zeros((view.sessions.capacity, 2), np.int64)
         # duration_us[steps, n - 1]; the batch takes the time of its member with the most steps.

@@ -10,6 +10,8 @@ import csv
 import gzip
 import io
 import math
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,19 @@ from turboserve.sim.events import US
 ARRIVE, ACTIVE, IDLE, DEPART = range(4)
 EVENT_NAMES = ("arrive", "active", "idle", "depart")
 _CODE = {name: code for code, name in enumerate(EVENT_NAMES)}
+HEADER = "time_s,session_id,event,chunks[,tenant]"
+
+DAYS_MAX = 31
+TIME_MAX_S = DAYS_MAX * 86_400
+"""Times are seconds from the window's start. Statistics sample every second, so the bound also bounds memory."""
+CHUNKS_MAX = TIME_MAX_S
+"""Of one period: a chunk is a second of video, and no period is longer than the longest window."""
+CHUNKS_IN_ALL_MAX = 100_000_000
+"""Of one trace: a simulation keeps 96 bytes for each."""
+NAME_MAX = 200
+NAME_RULE = f"1 to {NAME_MAX} printable characters, none of them a comma or a double quote"
+TIME_RULE = f"seconds from 0 to {TIME_MAX_S} ({DAYS_MAX} days)"
+TIME_HINT = "shift the times to begin at 0, or cut the window"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +61,30 @@ class Trace:
         return np.ceil(self.chunks / chunk_s - 1e-9).astype(np.int64)
 
 
+def is_name(text: str) -> bool:
+    """Whether a session or tenant may be called so: names stand unquoted in our files."""
+    return 0 < len(text) <= NAME_MAX and text.isprintable() and "," not in text and '"' not in text
+
+
+def check_total(chunks: int, name: str | Path) -> None:
+    """Refuse a trace that asks for more chunks than a simulation can keep."""
+    if chunks > CHUNKS_IN_ALL_MAX:
+        raise TraceError(f"{name}: {chunks} chunks in all", expected=f"at most {CHUNKS_IN_ALL_MAX}")
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: quoted, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def read_trace(path: str | Path) -> Trace:
     """Read and check a trace; a line that breaks the format is named."""
     path = Path(path)
-    try:
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
-    except (OSError, EOFError, UnicodeDecodeError) as e:
-        raise TraceError(
-            f"{path}: cannot read the trace ({e})", expected="gzip CSV", hint="see traces/README.md"
-        ) from e
-    rows = csv.reader(io.StringIO(text))
-    header = next(rows, [])
+    rows = _rows(path, _text(path))
+    header = next(rows, (1, []))[1]
     if header[:4] != ["time_s", "session_id", "event", "chunks"]:
-        raise TraceError(f"{path}: header {','.join(header)}", expected="time_s,session_id,event,chunks[,tenant]")
+        raise TraceError(f"{path}: header {shown(','.join(header))}", expected=HEADER, hint="see traces/README.md")
     tenant_column = header.index("tenant") if "tenant" in header else None
     index: dict[str, int] = {}
     tenants: dict[str, int] = {}
@@ -69,16 +95,38 @@ def read_trace(path: str | Path) -> Trace:
     chunks: list[int] = []
     open_state: dict[int, int] = {}
     last = 0
-    for line, row in enumerate(rows, start=2):
+
+    def bad(line: int, message: str, expected: str, hint: str | None = None) -> TraceError:
+        return TraceError(f"{path}:{line}: {message}", expected=expected, hint=hint)
+
+    for line, row in rows:
+        if len(row) < 4:
+            raise bad(line, f"{len(row)} fields" if row else "a blank line", HEADER)
         try:
-            t = round(float(row[0]) * US)
-            kind = _CODE[row[2]]
-            count = int(row[3]) if row[3] else 0
-        except (ValueError, IndexError, KeyError) as e:
-            raise TraceError(f"{path}:{line}: {row} ({e})", expected="time_s,session_id,event,chunks") from e
+            seconds = float(row[0])
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds <= TIME_MAX_S:  # not a number compares false
+            if seconds < 0:
+                raise bad(line, f"negative time {shown(row[0])}", TIME_RULE, TIME_HINT)
+            raise bad(line, f"time {shown(row[0])}", TIME_RULE, TIME_HINT if seconds > TIME_MAX_S else None)
+        t = round(seconds * US)
         if t < last:
-            raise TraceError(f"{path}:{line}: time goes back", expected="events sorted by time")
+            raise bad(line, f"time goes back to {row[0]}", "events sorted by time")
         last = t
+        if not is_name(row[1]):
+            raise bad(line, f"session_id {shown(row[1])}", NAME_RULE)
+        kind = _CODE.get(row[2])
+        if kind is None:
+            raise bad(line, f"unknown event {shown(row[2])}", " | ".join(EVENT_NAMES))
+        try:
+            count = int(row[3] or 0)
+        except ValueError:
+            count = -1
+        if not 0 <= count <= CHUNKS_MAX:
+            raise bad(
+                line, f"chunks {shown(row[3])}", f"a whole number from 1 to {CHUNKS_MAX}, one chunk a second of video"
+            )
         session = index.setdefault(row[1], len(index))
         before = open_state.get(session)
         legal = {
@@ -89,19 +137,20 @@ def read_trace(path: str | Path) -> Trace:
         }
         if not legal[kind] or before == DEPART:
             was = EVENT_NAMES[before] if before is not None else "nothing"
-            raise TraceError(
-                f"{path}:{line}: {row[2]} after {was} in session {row[1]}", expected="arrive, active/idle..., depart"
-            )
+            raise bad(line, f"{row[2]} after {was} in session {row[1]}", "arrive, active/idle..., depart")
         if kind == ACTIVE and count < 1:
-            raise TraceError(f"{path}:{line}: active without chunks", expected="chunks of at least 1")
+            raise bad(line, "active without chunks", "chunks of at least 1")
         open_state[session] = kind
         if kind == ARRIVE:
             name = row[tenant_column] if tenant_column is not None and len(row) > tenant_column else ""
+            if name and not is_name(name):
+                raise bad(line, f"tenant {shown(name)}", NAME_RULE)
             tenant_of.append(tenants.setdefault(name or "default", len(tenants)))
         times.append(t)
         sessions.append(session)
         kinds.append(kind)
         chunks.append(count if kind == ACTIVE else 0)
+    check_total(sum(chunks), path)
     name = path.name.removesuffix(".gz").removesuffix(".csv")
     return Trace(
         name=name,
@@ -113,6 +162,34 @@ def read_trace(path: str | Path) -> Trace:
         tenant=np.array(tenant_of, np.int64),
         tenants=tuple(tenants) or ("default",),
     )
+
+
+def _text(path: Path) -> str:
+    """The file's text, unpacked where its first bytes are gzip's."""
+    try:
+        data = path.read_bytes()
+        packed = data.startswith(b"\x1f\x8b")
+        if path.suffix == ".gz" and not packed:
+            raise TraceError(
+                f"{path}: the content is not gzip", expected="gzip CSV", hint="name plain text .csv, not .csv.gz"
+            )
+        return (gzip.decompress(data) if packed else data).decode("utf-8-sig")
+    except EOFError as e:
+        raise TraceError(f"{path}: the file is truncated", expected="a whole gzip file", hint="copy it again") from e
+    except (OSError, zlib.error, UnicodeDecodeError) as e:
+        raise TraceError(
+            f"{path}: cannot read the trace ({e})", expected="gzip or plain CSV in UTF-8", hint="see traces/README.md"
+        ) from e
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows with the number of their line; blank lines at the end are left out."""
+    rows = csv.reader(io.StringIO(text.rstrip(), newline=None))
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as e:
+        raise TraceError(f"{path}:{rows.line_num}: {e}", expected=HEADER) from e
 
 
 def write_trace(trace: Trace, path: str | Path) -> None:

@@ -17,9 +17,25 @@ import numpy as np
 
 from turboserve.errors import TraceError
 from turboserve.sim.events import US
-from turboserve.sim.trace import ACTIVE, ARRIVE, DEPART, IDLE, Trace
+from turboserve.sim.trace import (
+    ACTIVE,
+    ARRIVE,
+    CHUNKS_MAX,
+    DEPART,
+    IDLE,
+    NAME_RULE,
+    TIME_HINT,
+    TIME_MAX_S,
+    TIME_RULE,
+    Trace,
+    check_total,
+    is_name,
+    shown,
+)
 
 EVENT_TYPES = ("session_arrival", "user_active", "user_idle", "session_departure")
+SEQUENCE_MAX = 2**53
+"""Largest whole number up to which a float orders exactly."""
 CODE_OF = dict(zip(EVENT_TYPES, (ARRIVE, ACTIVE, IDLE, DEPART), strict=True))
 
 
@@ -72,8 +88,8 @@ def from_events(document: Any, name: str) -> Trace:
 
     def begin(number: int, session: int, time_us: int, payload: dict[str, Any]) -> None:
         chunks = payload.get("chunks")
-        if chunks is not None and (not isinstance(chunks, int) or chunks < 1):
-            raise bad(number, f"payload.chunks is {chunks!r}, not a count of at least 1")
+        if chunks is not None and (not isinstance(chunks, int) or not 1 <= chunks <= CHUNKS_MAX):
+            raise bad(number, f"payload.chunks is {shown(chunks)}, not a count from 1 to {CHUNKS_MAX}")
         open_row[session] = (len(rows), chunks is None)
         rows.append([time_us, session, ACTIVE, chunks or 1])
 
@@ -90,7 +106,10 @@ def from_events(document: Any, name: str) -> Trace:
             if session_id in ids:
                 raise bad(number, f"session {session_id} arrives twice")
             session = ids[session_id] = len(ids)
-            tenant_of.append(tenants.setdefault(str(payload.get("tenant", "default")), len(tenants)))
+            tenant = payload.get("tenant", "default")
+            if not _is_name(tenant):
+                raise TraceError(f"{name}: event {number}: payload.tenant is {shown(tenant)}", expected=NAME_RULE)
+            tenant_of.append(tenants.setdefault(str(tenant), len(tenants)))
             state.append(ARRIVE)
             rows.append([time_us, session, ARRIVE, 0])
             if payload.get("active", True):
@@ -117,6 +136,7 @@ def from_events(document: Any, name: str) -> Trace:
     for session, kind in enumerate(state):
         if kind != DEPART:  # open when the recording stops: closed there
             rows.append([last_us, session, DEPART, 0])
+    check_total(sum(row[3] for row in rows), name)
     columns = np.array(rows, np.int64).reshape(-1, 4)
     return Trace(
         name=name,
@@ -133,7 +153,11 @@ def from_events(document: Any, name: str) -> Trace:
 def read_events(path: Path) -> Trace:
     """A JSON file in the released schema."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text("utf-8-sig"))
+    except OSError as e:
+        raise TraceError(f"{path}: cannot read the events ({e})", expected="a JSON file") from e
+    except RecursionError as e:
+        raise TraceError(f"{path} is nested too deeply", expected="the released event schema (traces/README.md)") from e
     except ValueError as e:
         raise TraceError(f"{path} is not JSON: {e}", expected="the released event schema (traces/README.md)") from e
     return from_events(document, path.name.removesuffix(".json"))
@@ -148,11 +172,31 @@ def _order(pair: tuple[int, Any], name: str) -> tuple[float, float]:
         raise TraceError(
             f"{name}: event {number} lacks {', '.join(missing)}", expected="time_s, event_type, session_id"
         )
-    if event["event_type"] not in CODE_OF:
-        raise TraceError(f"{name}: event {number} has type {event['event_type']!r}", expected=" | ".join(EVENT_TYPES))
-    if not isinstance(event["time_s"], int | float) or event["time_s"] < 0:
-        raise TraceError(f"{name}: event {number} has time_s {event['time_s']!r}", expected="seconds of at least 0")
-    return float(event["time_s"]), float(event.get("sequence", number))
+    kind, time_s, sequence = event["event_type"], event["time_s"], event.get("sequence", number)
+    where = f"{name}: event {number}"
+    if not isinstance(kind, str) or kind not in CODE_OF:
+        raise TraceError(f"{where} has type {shown(kind)}", expected=" | ".join(EVENT_TYPES))
+    if not _is_number(time_s) or not 0 <= time_s <= TIME_MAX_S:  # not a number compares false
+        late = _is_number(time_s) and time_s > TIME_MAX_S
+        raise TraceError(f"{where} has time_s {shown(time_s)}", expected=TIME_RULE, hint=TIME_HINT if late else None)
+    if not _is_number(sequence) or not abs(sequence) <= SEQUENCE_MAX:
+        raise TraceError(f"{where} has sequence {shown(sequence)}", expected="a number, or none for file order")
+    if not _is_name(event["session_id"]):
+        raise TraceError(f"{where} has session_id {shown(event['session_id'])}", expected=NAME_RULE)
+    if not isinstance(event.get("payload"), dict | None):
+        raise TraceError(
+            f"{where} has payload {shown(event['payload'])}", expected='an object, as {"active": true, "chunks": 30}'
+        )
+    return float(time_s), float(sequence)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_name(value: Any) -> bool:
+    """A session or tenant may be a text or a whole number."""
+    return isinstance(value, str | int) and not isinstance(value, bool) and is_name(str(value))
 
 
 def _active_at_arrival(trace: Trace) -> dict[int, int]:

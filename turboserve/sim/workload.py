@@ -9,7 +9,10 @@ Arrival curves, all with the same mean rate:
   modulated  a Poisson process whose rate jumps between two levels (MMPP), about every 5 minutes
   diurnal    one day's sine squeezed into the window
   flash      a crowd: the rate jumps to six times within half a minute and decays over ten minutes
-`swing` scales the curve's deviation from its mean, which makes the volatility family of `volatility_family`.
+`swing` scales the curve's deviation from its mean, which makes the volatility family of `volatility_family`. Rates are
+cut at 0 and the mean is kept, so a large swing deviates by less than it is called: at 2.0, in an hour's window, diurnal
+(cut above 1.43) deviates by 1.72 times, modulated by 1.37 to 2.0 times with the seed, flash by 2.0 (less in a shorter
+window); steady has no deviation to scale.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from turboserve.errors import ConfigError
+from turboserve.errors import ConfigError, TraceError
 from turboserve.sim.events import US
-from turboserve.sim.trace import ACTIVE, ARRIVE, DEPART, IDLE, Trace
+from turboserve.sim.trace import ACTIVE, ARRIVE, CHUNKS_IN_ALL_MAX, DEPART, IDLE, TIME_MAX_S, Trace
 
 RATE_STEP_S = 1.0
 FAMILY_FACTORS = tuple(round(0.2 * k, 1) for k in range(1, 11))
@@ -33,6 +36,19 @@ PARETO_ALPHA = 1.6
 LOGNORMAL_SIGMA = 0.9
 """Of period lengths at tail 1; p99 / p50 is then about 8."""
 Z99 = 2.326
+
+MOST = {
+    "horizon_s": float(TIME_MAX_S),
+    "mean_active": 1e6,
+    "active_s_mean": float(TIME_MAX_S),
+    "idle_s_mean": float(TIME_MAX_S),
+    "tail": 1e6,
+}
+"""Largest values of a workload; beyond them nothing sensible is drawn, or memory ends."""
+PERIODS_MAX = 10_000
+SWING_MAX = 1000
+LOAD_MAX = 1e9
+DRAWN_PERIODS_MAX = 3_000_000
 
 Floats = npt.NDArray[np.float64]
 
@@ -81,16 +97,23 @@ def generate(workload: Workload) -> Trace:
 
 
 def volatility_family(base: Workload, factors: tuple[float, ...] = FAMILY_FACTORS) -> list[Trace]:
-    """Ten traces of growing volatility: the deviation of the base's arrival curve scaled from 0.2 to 2.0."""
+    """Ten traces of growing volatility: the deviation of the base's arrival curve scaled by 0.2 to 2.0, before rates
+    are cut at 0 (see above: the last ones reach less)."""
     return [generate(replace(base, swing=base.swing * factor)) for factor in factors]
 
 
 def rescaled(base: Trace, factor: float, seed: int, *, bin_s: float = 60.0) -> Trace:
-    """A trace like `base` with `factor` times its deviation: arrivals drawn anew, lives drawn from its
-    sessions.
+    """A trace like `base` with `factor` times its deviation (less where rates are cut at 0): arrivals drawn anew,
+    lives drawn from its sessions.
 
     The arrival curve is the base's count of arrivals per bin. Correlation between load and life is lost.
     """
+    lives = session_lives(base)
+    if not lives or base.horizon_us < US:
+        raise TraceError(
+            f"{base.name} has {len(lives)} sessions with an active period in {base.horizon_us / US:g} s",
+            expected="a base of at least one active period and one second",
+        )
     arrivals_rng, lives_rng = (np.random.default_rng([seed, stream]) for stream in range(2))
     horizon_s = base.horizon_us / US
     arrive_s = base.time_us[base.event == ARRIVE] / US
@@ -99,7 +122,6 @@ def rescaled(base: Trace, factor: float, seed: int, *, bin_s: float = 60.0) -> T
     per_step = np.repeat(per_second, round(bin_s / RATE_STEP_S))[: math.ceil(horizon_s / RATE_STEP_S)]
     mean = per_step.mean()
     drawn_s = draw_arrivals(mean * swung(per_step / mean, factor), arrivals_rng)
-    lives = session_lives(base)
     picked = lives_rng.integers(0, len(lives), drawn_s.size)
     return assemble(
         f"{base.name}_x{factor:g}", drawn_s, [lives[i] for i in picked], horizon_s, np.zeros(drawn_s.size, np.int64), 1
@@ -112,13 +134,30 @@ def check(workload: Workload) -> None:
         raise ConfigError(f"no arrival curve {workload.kind!r}", expected=" | ".join(CURVES))
     if workload.lengths not in ("lognormal", "pareto"):
         raise ConfigError(f"no length law {workload.lengths!r}", expected="lognormal | pareto")
-    for name in ("horizon_s", "mean_active", "active_s_mean", "idle_s_mean", "tail"):
-        if getattr(workload, name) <= 0:
-            raise ConfigError(f"{name} is {getattr(workload, name)}", expected="a number above 0")
-    if workload.periods_mean < 1:
-        raise ConfigError(f"periods_mean is {workload.periods_mean}", expected="at least 1 period a session")
-    if workload.swing < 0 or min(workload.tenant_loads, default=0) <= 0:
-        raise ConfigError("swing below 0 or a tenant without load", expected="swing >= 0, loads above 0")
+    # Not a number fails every comparison, so each asks for what is right.
+    for name, most in MOST.items():
+        if not 0 < getattr(workload, name) <= most:
+            raise ConfigError(f"{name} is {getattr(workload, name)}", expected=f"a number above 0, at most {most:g}")
+    if not 1 <= workload.periods_mean <= PERIODS_MAX:
+        raise ConfigError(
+            f"periods_mean is {workload.periods_mean}", expected=f"at least 1 period a session, at most {PERIODS_MAX}"
+        )
+    if not 0 <= workload.swing <= SWING_MAX:
+        raise ConfigError(f"swing is {workload.swing}", expected=f"a number from 0 to {SWING_MAX}")
+    if not workload.tenant_loads or not all(0 < load <= LOAD_MAX for load in workload.tenant_loads):
+        loads = ",".join(f"{load:g}" for load in workload.tenant_loads)
+        raise ConfigError(f"tenant loads {loads}", expected=f"numbers above 0, at most {LOAD_MAX:g}")
+    chunks = workload.mean_active * workload.horizon_s
+    for what, count, most in (
+        ("chunks", chunks, CHUNKS_IN_ALL_MAX),
+        ("active periods", chunks / workload.active_s_mean, DRAWN_PERIODS_MAX),
+    ):
+        if count > most:
+            raise ConfigError(
+                f"about {count:.3g} {what} would be drawn",
+                expected=f"at most {most}",
+                hint="ask for fewer sessions at once, longer periods or a shorter window",
+            )
 
 
 # Arrival curves: one value a second, mean 1.

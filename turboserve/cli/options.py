@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from turboserve.config import ConfigFile
+from turboserve.config import ConfigFile, option_key
 from turboserve.errors import TurboServeError
 
 if TYPE_CHECKING:
@@ -47,6 +47,15 @@ def run_flags() -> RunFlags:
     context = click.get_current_context(silent=True)
     found = context.find_object(RunFlags) if context else None
     return found or RunFlags()
+
+
+def option_name(param: click.Parameter) -> str:
+    """What the environment and the config file call an option: its longest `--name` with underscores.
+
+    An argument has no name to type, so its parameter's stands for it.
+    """
+    typed = [one[2:] for one in param.opts if one.startswith("--")] if isinstance(param, click.Option) else []
+    return option_key(max(typed, key=len) if typed else param.name or "")
 
 
 def _note_json(context: click.Context, _param: click.Parameter, value: bool) -> bool:

@@ -13,7 +13,7 @@ import json
 import math
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
@@ -382,7 +382,7 @@ def read_rows(path: Path, today: Contents | None = None) -> list[dict[str, Any]]
     ]
 
 
-def check_grid(cases: Iterable[Case], path: Path) -> Contents:
+def check_grid(cases: Sequence[Case], path: Path) -> Contents:
     """Refuse, before the first run, what would end the grid in the middle or mix its figures with others'."""
     wanted = {case.key: case for case in cases}
     for delay_s in {case.provision_s for case in wanted.values()}:
@@ -391,7 +391,7 @@ def check_grid(cases: Iterable[Case], path: Path) -> Contents:
         check_seconds("--warmup-s", warmup_s)
     for spec in {case.policy for case in wanted.values()}:
         check_knobs(*parse_policy(spec))
-    contents = contents_of(wanted.values())
+    contents = contents_of(cases)  # of all: two files of one name share their keys
     rows = read_rows(path, contents)
     asked = {case.warmup_s for case in wanted.values()}
     for said in (_warmup_of(row) for row in rows):
@@ -417,7 +417,7 @@ def _warmup_of(row: dict[str, Any]) -> float | None:
 
 
 def run_grid(
-    cases: Iterable[Case], path: Path, *, jobs: int, tell: Callable[[int, int, dict[str, Any] | None], None]
+    cases: Sequence[Case], path: Path, *, jobs: int, tell: Callable[[int, int, dict[str, Any] | None], None]
 ) -> list[dict[str, Any]]:
     """Run the cases that have no row in `path` yet (or one of other files), append theirs, and answer all rows of the
     cases asked for.
@@ -425,7 +425,7 @@ def run_grid(
     `tell(done, total, row)` is called after each case, for a progress bar.
     """
     wanted = {case.key: case for case in cases}
-    contents = contents_of(wanted.values())
+    contents = contents_of(cases)
     kept = (row for row in read_rows(path, contents) if row["key"] in wanted)
     rows = {row["key"]: row for row in kept if contents.fits(row)}
     todo = [case for key, case in wanted.items() if key not in rows]

@@ -16,7 +16,7 @@ from typing import Any
 from turboserve.sim.averages import average, paired
 from turboserve.sim.grid import read_rows
 from turboserve.sim.policies import POLICIES
-from turboserve.sim.studies import BALANCED_ALREADY, at_every_delay, label
+from turboserve.sim.studies import BALANCED_ALREADY, at_every_delay, label, policy_of, told_apart
 
 Row = dict[str, Any]
 
@@ -47,7 +47,7 @@ def table(heads: list[str], lines: list[list[str]]) -> None:
 
 
 def ours(rows: list[Row]) -> list[Row]:
-    return [r for r in rows if r["policy"] == "turboserve" and not r["knobs"] and r["fleet"] == "scale"]
+    return [r for r in rows if label(r) == "turboserve" and r["fleet"] == "scale"]
 
 
 def cost_by_trace(rows: list[Row]) -> None:
@@ -61,7 +61,7 @@ def cost_by_trace(rows: list[Row]) -> None:
         bill = mean(r["worker_hours"] for r in mine)
         served = sum(r["equal_service"] for r in mine)
         rivals: dict[str, float] = {}
-        for name in {label(r) for r in here if r["policy"] != "turboserve"}:
+        for name in sorted({label(r) for r in here if r["policy"] != "turboserve"}):  # of equals always the same one
             runs = [r for r in here if label(r) == name]
             if all(r["equal_service"] for r in runs):
                 rivals[name] = mean(r["worker_hours"] / r["reference_worker_hours"] for r in runs)
@@ -125,7 +125,7 @@ def cost_by_group(rows: list[Row]) -> None:
 
 
 def _order(name: str) -> tuple[int, str]:
-    return list(POLICIES).index(name.split(":")[0]), name
+    return list(POLICIES).index(policy_of(name)), name
 
 
 def latency(rows: list[Row]) -> None:
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     out: Path = parser.parse_args().out
-    rows = at_every_delay(read_rows(out / "rows.jsonl"))
+    rows = at_every_delay(told_apart(read_rows(out / "rows.jsonl")))
     parts = [r for r in rows if r["policy"] == "turboserve" and r["knobs"]]
     whole = [r for r in rows if not (r["policy"] == "turboserve" and r["knobs"])]
     for profile in sorted({r["profile"] for r in whole}, reverse=True):
@@ -222,7 +222,7 @@ def main() -> None:
         same = [r for r in ours(rows) if (r["trace"], r["seed"]) in beside and r["provision_s"] == 30.0]
         by_trace_and_policy([*(r for r in same if r["profile"] == "k4"), *parts])
     for name in ("units", "sweep", "fleets"):
-        more = read_rows(out / name / "rows.jsonl")
+        more = told_apart(read_rows(out / name / "rows.jsonl"))
         if more:
             print(f"## {name}\n")
             by_trace_and_policy(more)

@@ -1,10 +1,13 @@
 """`turboserve compare` on tiny synthetic windows: rows, resuming, averages, knobs, page."""
 
+import hashlib
 import json
+from importlib import resources
 
 import pytest
 from click.testing import CliRunner
 
+from turboserve.cli import main as root
 from turboserve.cli.compare import command
 from turboserve.errors import ConfigError
 from turboserve.sim import studies
@@ -180,3 +183,169 @@ def test_specs_and_wrong_options():
         parse_policy("hpa:target")
     with pytest.raises(ConfigError, match="no trace"):
         run("--trace", "nowhere.csv.gz", "--out", "x")
+
+
+def asked(*arguments):
+    """Through the root, as a user would: exit codes and errors on stderr."""
+    return CliRunner().invoke(root.main, ["compare", *(str(a) for a in arguments)])
+
+
+def a_window(path, seed, horizon_s=900):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_trace(generate(Workload(kind="modulated", horizon_s=horizon_s, mean_active=4, seed=seed)), path)
+    return path
+
+
+def hours(out):
+    return {row["policy"]: row["worker_hours"] for row in read_rows(out / "rows.jsonl")}
+
+
+def test_rows_of_another_file_of_the_same_name_are_made_again(tmp_path):
+    first, other = a_window(tmp_path / "a" / "t1.csv.gz", 1), a_window(tmp_path / "b" / "t1.csv.gz", 2)
+    flags = ["--policy", "hpa", "--jobs", "1", "--json"]
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    asked("--trace", first, "--policy", "kpa", *flags, "--out", out)
+    before = hours(out)
+    said = asked("--trace", other, *flags, "--out", out)
+    expected = asked("--trace", other, *flags, "--out", fresh)
+    assert said.exit_code == 0 and json.loads(said.stdout) == json.loads(expected.stdout)
+    # The old row counts no more, nor does the other policy's row of the old file.
+    assert hours(out) == hours(fresh) and hours(out)["hpa"] != before["hpa"] and "kpa" in before
+    row = read_rows(out / "rows.jsonl")[0]
+    assert row["trace_sha256"] == hashlib.sha256(other.read_bytes()).hexdigest()[:16]
+    shipped = resources.files("turboserve.sim") / "profiles" / "k4.json"
+    assert row["profile_sha256"] == hashlib.sha256(shipped.read_bytes()).hexdigest()[:16]
+    assert json.loads(row["key"])["trace"] == "t1" and "sha" not in row["key"]
+    # The file is written again in its place, within one process.
+    other.write_bytes(first.read_bytes())
+    asked("--trace", other, *flags, "--out", out)
+    assert hours(out)["hpa"] == before["hpa"]
+
+
+def test_rows_without_digests_and_of_other_profiles_are_made_again(tmp_path):
+    trace, profile, out = a_window(tmp_path / "t1.csv.gz", 1), tmp_path / "mine.json", tmp_path / "out"
+    shipped = json.loads((resources.files("turboserve.sim") / "profiles" / "k4.json").read_text())
+    profile.write_text(json.dumps(shipped | {"name": "mine"}))
+    flags = ["--trace", trace, "--profile", profile, "--policy", "hpa", "--jobs", "1", "--out", out]
+    asked(*flags)
+    (row,) = read_rows(out / "rows.jsonl")
+    undated = {k: v for k, v in row.items() if not k.endswith("sha256")} | {"worker_hours": 99.0}
+    (out / "rows.jsonl").write_text(json.dumps(undated) + "\n")
+    asked(*flags)
+    assert read_rows(out / "rows.jsonl") == [row]
+    profile.write_text(json.dumps(shipped | {"name": "mine", "price_per_worker_hour": 7.0}))
+    asked(*flags)
+    (again,) = read_rows(out / "rows.jsonl")
+    assert again["cost"] == pytest.approx(7.0 * again["worker_hours"])
+    assert again["profile_sha256"] != row["profile_sha256"]
+
+
+def test_two_files_of_one_name_are_refused_in_one_call(tmp_path):
+    first, other = a_window(tmp_path / "a" / "t1.csv.gz", 1), a_window(tmp_path / "b" / "t1.csv.gz", 2)
+    result = asked("--trace", first, "--trace", other, "--policy", "hpa", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"two different traces are called t1: {first} and {other}" in result.stderr
+    shipped = json.loads((resources.files("turboserve.sim") / "profiles" / "k4.json").read_text())
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(shipped | {"price_per_worker_hour": 7.0}))
+    result = asked("--trace", first, "--profile", "k4", "--profile", mine, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "two different profiles are called k4" in result.stderr
+    (tmp_path / "c").mkdir()
+    same = tmp_path / "c" / "t1.csv.gz"
+    same.write_bytes(first.read_bytes())
+    result = asked("--trace", first, "--trace", same, "--policy", "hpa", "--jobs", "1", "--out", tmp_path / "out")
+    assert result.exit_code == 0 and len(read_rows(tmp_path / "out" / "rows.jsonl")) == 1
+
+
+def test_a_new_row_does_not_stand_on_a_cut_line(tmp_path):
+    trace, out = a_window(tmp_path / "t1.csv.gz", 1), tmp_path / "out"
+    out.mkdir()
+    (out / "rows.jsonl").write_text('{"key": "b", "wor')
+    asked("--trace", trace, "--policy", "hpa", "--jobs", "1", "--out", out)
+    assert [row["policy"] for row in read_rows(out / "rows.jsonl")] == ["hpa"]
+
+
+def test_runs_with_and_without_a_steps_floor_stand_apart(tmp_path):
+    trace, out = a_window(tmp_path / "t1.csv.gz", 1), tmp_path / "out"
+    flags = ["--trace", trace, "--policy", "turboserve", "--policy", "hpa", "--jobs", "1", "--json", "--out", out]
+    alone = json.loads(asked(*flags).stdout)["studies"]["k4 D=30"]["service"]
+    assert set(alone) == {"turboserve", "hpa"}  # nothing to tell apart yet
+    both = json.loads(asked(*flags, "--steps-floor", "2").stdout)
+    found = both["studies"]["k4 D=30"]["service"]
+    assert {name: one["runs"] for name, one in found.items()} == {
+        "turboserve": 1,
+        "turboserve, full steps": 1,
+        "hpa": 1,
+    }
+    assert found["turboserve, full steps"] == alone["turboserve"]
+    floor = next(row for row in read_rows(out / "rows.jsonl") if row["steps_floor"] == 2)
+    assert both["by_trace"][0]["turboserve"] in (None, floor["worker_hours"])
+    assert both["by_trace"][0]["best_baseline"] in (None, "hpa")
+    assert "turboserve, full steps" in (out / "report.html").read_text()
+
+
+def test_the_usual_steps_depend_on_the_study():
+    def names(*rows):
+        return [studies.label(row) for row in studies.told_apart(list(rows))]
+
+    free, floor = {"steps_floor": None}, {"steps_floor": 2}
+    cost = [a_row("turboserve", 30.0, **one) for one in (free, floor, {"steps_floor": 3})]
+    assert names(*cost) == ["turboserve, full steps", "turboserve", "turboserve, down to 3 steps"]
+    equal = [a_row("turboserve", 30.0, fleet="peak*1.0", **one) for one in (free, floor)]
+    assert names(*equal) == ["turboserve", "turboserve, down to 2 steps"]
+    # One of each, as the committed rows have it, needs no note.
+    assert names(cost[1], equal[0]) == ["turboserve", "turboserve"]
+    # A part turned off is held beside the whole policy with the same steps.
+    rows = [one | {"worker_hours": 2.0 if one["steps_floor"] else 4.0} for one in cost[:2]]
+    rows += [one | {"knobs": {"migrate": 0.0}, "worker_hours": 6.0} for one in rows]
+    found = {one["off"]: one["cost"]["mean"] for one in studies.ablations(studies.told_apart(rows))}
+    assert found == {"migrate": 3.0, "migrate, full steps": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--provision-s nan", "--provision-s nan"),
+        ("--provision-s inf", "--provision-s inf"),
+        ("--warmup-s nan", "--warmup-s nan"),
+        ("--policy clairvoyant", "the clairvoyant is no policy to compare: every row is measured against it"),
+        ("--policy hpb", "no policy 'hpb'"),
+        ("--policy hpa:target=0", "hpa: knob target=0"),
+        ("--policy lcp:provision_s=3", "lcp has no knob provision_s"),
+        ("--tuned HERE/words", "--tuned HERE/words cannot be read"),
+        ("--tuned HERE/list", "--tuned HERE/list holds something else"),
+        ("--tuned HERE/text", "--tuned HERE/text holds knobs that are no numbers"),
+        ("--out HERE/words/below", "--out HERE/words/below cannot be made"),
+    ],
+)
+def test_what_cannot_be_compared_is_a_usage_error(traces, tmp_path, flags, said):
+    (tmp_path / "words").write_text("no JSON")
+    (tmp_path / "list").write_text("[1]")
+    (tmp_path / "text").write_text('{"k4": {"30": {"hpa": {"target": "high"}}}}')
+    flags = flags.replace("HERE", str(tmp_path)).split()
+    result = asked("--trace", traces[0], "--policy", "hpa", "--jobs", "1", "--out", tmp_path / "out", *flags)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: {said.replace('HERE', str(tmp_path))}") and "expected:" in result.stderr
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_the_clairvoyant_is_not_offered(tmp_path, traces):
+    result = asked("--trace", traces[0], "--policy", "hpb", "--out", tmp_path)
+    assert "turboserve" in result.stderr and "clairvoyant" not in result.stderr
+
+
+def test_a_trace_that_ends_within_the_warm_up_needs_a_shorter_one(tmp_path):
+    trace, out = a_window(tmp_path / "t1.csv.gz", 1, horizon_s=300), tmp_path / "out"
+    flags = ["--trace", trace, "--policy", "hpa", "--jobs", "1", "--out", out]
+    result = asked(*flags)
+    assert result.exit_code == 2 and "warm-up of 600 s" in result.stderr and "--warmup-s" in result.stderr
+    assert asked(*flags, "--warmup-s", "60").exit_code == 0
+    (row,) = read_rows(out / "rows.jsonl")
+    assert row["chunks"] > 0 and row["reference_worker_hours"] > 0 and json.loads(row["key"])["warmup_s"] == 60.0
+    # Figures of two warm-ups cover different times; they do not stand on one page.
+    result = asked("--trace", a_window(tmp_path / "t2.csv.gz", 2), "--policy", "hpa", "--out", out)
+    assert result.exit_code == 2 and "holds runs with a warm-up of 60 s" in result.stderr
+    empty = tmp_path / "empty.csv"
+    empty.write_text("time_s,session_id,event,chunks\n")
+    result = asked("--trace", empty, "--policy", "hpa", "--out", tmp_path / "other")
+    assert result.exit_code in (1, 2) and result.stderr.startswith("error: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -14,7 +15,7 @@ from click.testing import CliRunner, Result
 from turboserve.cli import main as root
 from turboserve.cli.config import is_secret
 from turboserve.cli.options import json_option, print_json
-from turboserve.config import load_config
+from turboserve.config import ConfigFile, load_config
 from turboserve.errors import ConfigError
 
 
@@ -145,6 +146,75 @@ def test_config_show_without_a_command_shows_all(run) -> None:
     assert result.exit_code == 0, result.output
     assert "probe leaf" in {row["command"] for row in json.loads(result.stdout)["settings"]}
     assert run("config", "show", "prob").exit_code == 2
+
+
+def every_option() -> list[tuple[tuple[str, ...], click.Command, click.Option]]:
+    """(path, command, option) of all commands; one whose extra is not installed is left out."""
+    found = []
+
+    def walk(command: click.Command, path: tuple[str, ...], context: click.Context) -> None:
+        found.extend((path, command, one) for one in command.params if isinstance(one, click.Option))
+        if isinstance(command, click.Group):
+            for name in command.list_commands(context):
+                try:
+                    child = command.get_command(context, name)
+                except ImportError:
+                    continue
+                assert child is not None
+                walk(child, (*path, name), click.Context(child, parent=context, info_name=name))
+
+    walk(root.main, (), click.Context(root.main, info_name="turboserve", auto_envvar_prefix="TURBOSERVE"))
+    return [one for one in found if one[0]]
+
+
+def test_environment_and_file_call_every_option_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [one for one in os.environ if one.startswith("TURBOSERVE_")]:
+        monkeypatch.delenv(name)
+    options = every_option()
+    assert {path for path, *_ in options} >= {("simulate",), ("compare",), ("trace", "audit"), ("models", "pull")}
+    for path, command, option in options:
+        typed = max((one for one in option.opts if one.startswith("--")), key=len)
+        key = typed.removeprefix("--").replace("-", "_")
+        where = (path, typed)
+        context = click.Context(command, info_name=path[-1], auto_envvar_prefix="_".join(("TURBOSERVE", *path)).upper())
+        # Set by the option's name, and by nothing that only its parameter's name would give.
+        variable = "_".join(("TURBOSERVE", *path, key)).replace("-", "_").upper()
+        monkeypatch.setenv(variable, "told")
+        assert option.resolve_envvar_value(context) == "told", where
+        monkeypatch.delenv(variable)
+        if option.name != key:
+            other = f"{context.auto_envvar_prefix}_{option.name}".replace("-", "_").upper()
+            monkeypatch.setenv(other, "told")
+            assert option.resolve_envvar_value(context) is None, where
+            monkeypatch.delenv(other)
+        if not option.expose_value:
+            continue
+        chain = click.Context(root.main)
+        for name in path:
+            chain = click.Context(command, parent=chain, info_name=name)
+        table: dict[str, object] = {key.replace("_", "-"): True}
+        for name in reversed(path):
+            table = {name: table}
+        several = option.is_flag and not option.is_bool_flag
+        expected = {option.name: option.flag_value if several else True}
+        assert root._checked_table(ConfigFile("f.toml", table), chain) == expected, where
+
+
+def test_the_names_work_from_end_to_end(tmp_path: Path) -> None:
+    told = CliRunner(env={"TURBOSERVE_SIMULATE_TRACE": "nowhere.csv", "TURBOSERVE_SIMULATE_OUT": str(tmp_path / "o")})
+    result = told.invoke(root.main, ["simulate"])
+    assert "nowhere.csv: cannot read the trace" in result.stderr
+    path = tmp_path / "settings.toml"
+    simulate = '[simulate]\ntrace = "nowhere.csv"\nout = "o"\njson = true\n'
+    path.write_text(simulate + "[profile]\nnsys = true\ntorch = false\n")
+    result = CliRunner().invoke(root.main, ["--config", str(path), "simulate"])
+    assert "nowhere.csv" in json.loads(result.stdout)["error"]["message"]
+    shown = CliRunner().invoke(root.main, ["--config", str(path), "config", "show", "--json", "simulate"])
+    rows = {row["name"]: row for row in json.loads(shown.stdout)["settings"]}
+    assert (rows["trace"]["value"], rows["trace"]["source"]) == ("nowhere.csv", "file")
+    shown = CliRunner().invoke(root.main, ["--config", str(path), "config", "show", "--json", "profile"])
+    rows = {row["name"]: row["value"] for row in json.loads(shown.stdout)["settings"]}
+    assert [rows[name] for name in ("torch", "nsys", "ncu")] == [False, True, False]
 
 
 def test_secrets() -> None:

@@ -40,7 +40,7 @@ class BenchGroup(click.Group):
 
         file = "results_report" if name == "report" else name.replace("-", "_")
         module = importlib.import_module(f"turboserve.bench.{file}")
-        return with_shared_options(module.command)
+        return with_shared_options(module.command, ("bench", name))
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         # click's own asks every command for its help, which would import them all.

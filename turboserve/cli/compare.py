@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from turboserve.cli.options import console, json_option, print_json
+from turboserve.cli.options import console, json_option, make_folder, print_json
 
 
 @click.command("compare")
@@ -27,6 +27,7 @@ from turboserve.cli.options import console, json_option, print_json
 @click.option(
     "--provision-s", "delays_s", multiple=True, type=click.FloatRange(min=0), default=(30.0,), help="Repeatable."
 )
+@click.option("--warmup-s", type=click.FloatRange(min=0), default=600.0, help="Figures cover the time after this.")
 @click.option("--seeds", type=click.IntRange(min=0), default=0, help="Runs with random phases; 0: one run as it is.")
 @click.option("--steps-floor", type=click.IntRange(min=1), help="Let turboserve go down to so many denoise steps.")
 @click.option(
@@ -46,6 +47,7 @@ def command(
     policies: tuple[str, ...],
     study: str,
     delays_s: tuple[float, ...],
+    warmup_s: float,
     seeds: int,
     steps_floor: int | None,
     factors: tuple[str, ...],
@@ -59,20 +61,28 @@ def command(
     """Run several policies over several traces and lay them side by side.
 
     Everything is simulated. Rows are kept in OUT/rows.jsonl as they come: started again with the same OUT, a grid goes
-    on where it stopped, and studies with the same OUT stand on one page.
+    on where it stopped, and studies with the same OUT stand on one page. Where a trace or profile has changed
+    since, its runs are made again.
     """
     from turboserve.errors import ConfigError
     from turboserve.sim import studies
     from turboserve.sim.compare_page import write_page
-    from turboserve.sim.grid import parse_policy, read_rows, run_grid
-    from turboserve.sim.policies import policy_class
+    from turboserve.sim.grid import check_grid, parse_policy, read_rows, run_grid
+    from turboserve.sim.policies import POLICIES, policy_class
 
     for path in traces:
         if not Path(path).is_file():
             raise ConfigError(f"no trace {path}", expected="a file", hint="traces/ has small synthetic windows")
     chosen = list(policies) or studies.default_policies(study)
     for spec in chosen:
-        policy_class(parse_policy(spec)[0])
+        name = parse_policy(spec)[0]
+        if name == "clairvoyant":
+            raise ConfigError(
+                "the clairvoyant is no policy to compare: every row is measured against it",
+                expected=", ".join(POLICIES),
+                hint="`turboserve simulate --policy clairvoyant` writes its bill alone",
+            )
+        policy_class(name)
     cases = studies.cases_of(
         study,
         list(traces),
@@ -80,17 +90,20 @@ def command(
         chosen,
         list(delays_s),
         list(range(1, seeds + 1)) or [0],
-        tuned=json.loads(tuned.read_text()) if tuned else None,
+        tuned=_read_tuned(tuned) if tuned else None,
         steps_floor=steps_floor,
         unit_workers=unit_workers,
         audit=audit,
         factors=list(factors) or list(studies.FLEET_FACTORS),
+        warmup_s=warmup_s,
     )
+    make_folder("--out", out)
     rows_path = out / "rows.jsonl"
+    contents = check_grid(cases, rows_path)
     with _Bar(len(cases)) as bar:
         rows = run_grid(cases, rows_path, jobs=jobs or os.cpu_count() or 1, tell=bar.tell)
     (out / "commands.txt").open("a").write(shlex.join(["turboserve", *sys.argv[1:]]) + "\n")
-    kept = read_rows(rows_path)
+    kept = studies.told_apart(read_rows(rows_path, contents))
     everything = studies.at_every_delay(kept)
     summary: dict[str, Any] = {
         "simulated": True,
@@ -109,8 +122,30 @@ def command(
     if as_json:
         print_json(summary)
     else:
-        _say(rows, out)
+        asked = {row["key"] for row in rows}
+        _say([row for row in kept if row["key"] in asked], out)
     return 1 if summary["violations"] else 0
+
+
+def _read_tuned(path: Path) -> dict[str, Any]:
+    """tuned.json: profile -> delay -> policy -> knobs."""
+    from turboserve.errors import ConfigError
+
+    expected = "the tuned.json that `compare --study tune` writes"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--tuned {path} cannot be read: {error}", expected=expected) from None
+    level = [found]
+    for _ in range(4):
+        if not all(isinstance(one, dict) for one in level):
+            raise ConfigError(
+                f"--tuned {path} holds something else", expected=f"{expected}: profile, delay, policy, knobs"
+            )
+        level = [value for one in level for value in one.values()]
+    if not all(isinstance(one, (int, float)) for one in level):
+        raise ConfigError(f"--tuned {path} holds knobs that are no numbers", expected=expected)
+    return dict(found)
 
 
 class _Bar:

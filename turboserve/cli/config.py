@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from turboserve.cli.options import console, json_option, print_json
-from turboserve.config import ENV_PREFIX, Setting, Source
+from turboserve.cli.options import console, json_option, option_name, print_json
+from turboserve.config import Setting, Source
 
 _SECRET_WORDS = ("key", "token", "secret", "password")
 
@@ -98,13 +98,16 @@ def _setting(context: click.Context, path: tuple[str, ...], param: click.Paramet
     assert param.name is not None
     source = _SOURCES.get(context.get_parameter_source(param.name), Source.DEFAULT)  # type: ignore[arg-type]
     value: Any = context.params.get(param.name)
-    if value is not None and is_secret(param.name):
+    name = option_name(param)
+    if value is not None and is_secret(name):
         value = "***"
+    if isinstance(param, click.Option) and param.is_flag and not param.is_bool_flag:
+        value = value == param.flag_value  # one of several flags that fill the same parameter
     if isinstance(value, tuple):
         value = list(value)
     if not isinstance(value, (str, int, float, bool, list, type(None))):
         value = str(value)
-    return Setting(" ".join(path), param.name, value, source, _detail(context, param, source))
+    return Setting(" ".join(path), name, value, source, _detail(context, param, source))
 
 
 def _detail(context: click.Context, param: click.Parameter, source: Source) -> str:
@@ -112,8 +115,7 @@ def _detail(context: click.Context, param: click.Parameter, source: Source) -> s
         import os
 
         named = [param.envvar] if isinstance(param.envvar, str) else list(param.envvar or ())
-        auto = f"{context.auto_envvar_prefix or ENV_PREFIX}_{(param.name or '').upper()}"
-        return next((one for one in [*named, auto] if os.environ.get(one)), "")
+        return next((one for one in named if os.environ.get(one)), "")
     if source is Source.FILE:
         from turboserve.cli.options import run_flags
 

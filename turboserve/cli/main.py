@@ -2,7 +2,8 @@
 
 To add a command: write `turboserve/cli/<name with _>.py` with a click command called `command`, and put its name and
 one line of help into COMMANDS. A name whose module does not exist is not listed. Every command also gets `--config`,
-`--debug` and environment variables TURBOSERVE_<COMMAND>_<OPTION> from here.
+`--debug` and environment variables TURBOSERVE_<COMMAND>_<OPTION> from here. These and the keys of the file follow the
+option as it is typed, not the parameter that it fills.
 
 Exit codes: 0 ok, 1 failed, 2 usage (a wrong setting counts as usage), 130 interrupted.
 """
@@ -13,12 +14,13 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import click
 
 from turboserve import __version__
-from turboserve.cli.options import RunFlags, error_body, print_json, say_error
+from turboserve.cli.options import RunFlags, error_body, option_name, print_json, say_error
 from turboserve.config import ENV_PREFIX, ConfigFile, command_key, load_config, near_match
 from turboserve.errors import ConfigError, TurboServeError
 
@@ -88,10 +90,24 @@ def _use_config(context: click.Context, _param: click.Parameter, value: str | No
 
 
 def _checked_table(file: ConfigFile, context: click.Context) -> dict[str, Any]:
+    """The command's values as click looks them up: by parameter, its subcommands' tables by command."""
     command = context.command
-    known = [one.name for one in command.params if one.name and one.expose_value]
+    params = {option_name(one): one for one in command.params if one.name and one.expose_value}
     subcommands = command.list_commands(context) if isinstance(command, click.Group) else []
-    return file.options(command_path(context), known, subcommands)
+    found: dict[str, Any] = {}
+    for key, value in file.options(command_path(context), params, subcommands).items():
+        param = params.get(key)
+        if param is None or isinstance(value, Mapping):
+            found[key] = value
+        elif isinstance(param, click.Option) and param.is_flag and not param.is_bool_flag:
+            # Several flags fill one parameter (`--torch`, `--nsys`): true chooses this one, false says nothing.
+            if not isinstance(value, bool):
+                raise ConfigError(f"{file.path}: {key} = {value!r}", expected="true or false")
+            if value:
+                found[str(param.name)] = param.flag_value
+        else:
+            found[str(param.name)] = value
+    return found
 
 
 def _use_debug(context: click.Context, _param: click.Parameter, value: bool) -> bool:
@@ -122,14 +138,31 @@ def _shared_options() -> list[click.Option]:
     ]
 
 
-def with_shared_options(command: click.Command) -> click.Command:
-    """Add `--config` and `--debug` to a command and all its subcommands, once."""
+def with_shared_options(command: click.Command, path: tuple[str, ...]) -> click.Command:
+    """Add `--config` and `--debug` to the command at `path` and all its subcommands, once, and name the environment
+    variables of their options."""
     names = {one.name for one in command.params}
     command.params.extend(one for one in _shared_options() if one.name not in names)
+    for one in command.params:
+        if isinstance(one, click.Option):
+            _name_variable(one, path)
     if isinstance(command, click.Group):
-        for child in command.commands.values():
-            with_shared_options(child)
+        for name, child in command.commands.items():
+            with_shared_options(child, (*path, name))
     return command
+
+
+def variable_name(path: tuple[str, ...], option: str) -> str:
+    """`--provision-s` of `simulate` as TURBOSERVE_SIMULATE_PROVISION_S."""
+    return "_".join((ENV_PREFIX, *path, option)).replace("-", "_").upper()
+
+
+def _name_variable(option: click.Option, path: tuple[str, ...]) -> None:
+    """click would derive the name from the parameter, which need not be called as the option is."""
+    named = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
+    ours = variable_name(path, option_name(option))
+    option.envvar = named if ours in named else [*named, ours]
+    option.allow_from_autoenv = False
 
 
 class LazyGroup(click.Group):
@@ -141,7 +174,7 @@ class LazyGroup(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS or importlib.util.find_spec(module_of(name)) is None:
             return None
-        return with_shared_options(importlib.import_module(module_of(name)).command)
+        return with_shared_options(importlib.import_module(module_of(name)).command, (name,))
 
     def resolve_command(self, context: click.Context, args: list[str]) -> Any:
         name = args[0]

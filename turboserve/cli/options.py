@@ -17,15 +17,17 @@ Results go to stdout, everything else to stderr. rich is imported when the first
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from turboserve.config import ConfigFile
-from turboserve.errors import TurboServeError
+from turboserve.config import ConfigFile, option_key
+from turboserve.errors import ConfigError, TurboServeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +49,27 @@ def run_flags() -> RunFlags:
     context = click.get_current_context(silent=True)
     found = context.find_object(RunFlags) if context else None
     return found or RunFlags()
+
+
+def option_name(param: click.Parameter) -> str:
+    """What the environment and the config file call an option: its longest `--name` with underscores.
+
+    An argument has no name to type, so its parameter's stands for it.
+    """
+    typed = [one[2:] for one in param.opts if one.startswith("--")] if isinstance(param, click.Option) else []
+    return option_key(max(typed, key=len) if typed else param.name or "")
+
+
+def make_folder(option: str, path: Path) -> None:
+    """Make the directory that results go to, before the work: a run whose files cannot be written is lost."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path} cannot be made: {error.strerror}", expected="a directory, or a path where one can be made"
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {path} cannot be written to", expected="a directory of yours")
 
 
 def _note_json(context: click.Context, _param: click.Parameter, value: bool) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from turboserve.cli.options import console, json_option, print_json
+from turboserve.cli.options import console, json_option, make_folder, print_json
 
 
 @click.command("simulate")
@@ -61,10 +61,11 @@ def command(
         return _replay(recording, as_json)
     if trace_file is None or out_dir is None:
         raise click.UsageError(f"{'--trace' if trace_file is None else '--out'} is missing (or --from-recording DIR)")
+    from turboserve.errors import ConfigError
     from turboserve.sim.files import write_report, write_run
-    from turboserve.sim.policies import make_policy
+    from turboserve.sim.policies import POLICIES, check_knobs, make_policy
     from turboserve.sim.profile_files import load_profile
-    from turboserve.sim.replay import WORKERS_MAX_DEFAULT, Settings, simulate
+    from turboserve.sim.replay import WORKERS_MAX_DEFAULT, Settings, check, check_trace, simulate
     from turboserve.sim.report import clairvoyant_report, reference_hours, report
     from turboserve.sim.trace import read_trace
 
@@ -80,14 +81,23 @@ def command(
         seed=seed,
         losses_s=lose_at,
     )
-    trace = read_trace(trace_file)
+    if policy not in (*POLICIES, "clairvoyant"):
+        raise ConfigError(f"no policy {policy!r}", expected=", ".join([*POLICIES, "clairvoyant"]))
     model = load_profile(profile)
-    if policy == "clairvoyant":
+    knobs = _knobs(knob)
+    made = None
+    check_knobs(policy, knobs)
+    if policy != "clairvoyant":
+        delay_s = model.provision_s if provision_s is None else provision_s
+        made = make_policy(policy, scaling=workers is None, provision_s=delay_s, **knobs)
+    check(settings, model, made)
+    trace = read_trace(trace_file)
+    check_trace(trace, warmup_s)
+    make_folder("--out", Path(out_dir))
+    if made is None:
         found = clairvoyant_report(trace, model, settings)
         write_report(found, out_dir)
     else:
-        delay_s = model.provision_s if provision_s is None else provision_s
-        made = make_policy(policy, scaling=workers is None, provision_s=delay_s, **_knobs(knob))
         run = simulate(trace, model, made, settings)
         found = report(run, reference_hours(run))
         write_run(run, found, out_dir)

@@ -182,7 +182,7 @@ def _fleets(rows: list[Row]) -> str:
             row["policy"]: row
             for row in rows
             if row["trace"] == trace and row.get("curve") and row["fleet"] in ("scale", "least")
-            if row["policy"] in FLEETS_SHOWN and (row["policy"] != "turboserve" or not row["knobs"])
+            if row["policy"] in FLEETS_SHOWN and (row["policy"] != "turboserve" or label(row) == "turboserve")
         }
         if not shown:
             continue

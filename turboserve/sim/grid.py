@@ -1,17 +1,19 @@
 """Many simulations: traces x profiles x policies x fleets x delays x seeds, in parallel, each row kept as it comes.
 
 A row holds the figures of report.json and what a comparison needs beside them. Rows are appended to a file, and cases
-that already have one are not run again, so an interrupted grid goes on where it stopped.
+that already have one are not run again, so an interrupted grid goes on where it stopped. A row names its trace and its
+profile by file name and by digest: where the file has changed since, the case is run again and the newer row counts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,21 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from turboserve.errors import ConfigError
+from turboserve.errors import ConfigError, TraceError
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.sim.batch_steps import R_FINISH, R_START
 from turboserve.sim.clairvoyant import cheapest_fleet
 from turboserve.sim.events import US
 from turboserve.sim.files import write_run
-from turboserve.sim.policies import make_policy, policy_class
-from turboserve.sim.profile_files import load_profile
-from turboserve.sim.replay import Run, Settings, simulate
+from turboserve.sim.policies import check_knobs, make_policy, policy_class
+from turboserve.sim.profile_files import load_profile, profile_file
+from turboserve.sim.replay import Run, Settings, check_seconds, check_trace, close_at_end, simulate
 from turboserve.sim.report import report
 from turboserve.sim.trace import ACTIVE, ARRIVE, DEPART, IDLE, Trace, demand, randomise_phases, read_trace, write_trace
 
 ON_TIME_LEAST = 0.999
 REDUCED_MOST = 0.02
 CURVE_POINTS = 240
+DIGEST_DIGITS = 16
 QUANTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.5, 99.9, 100)
 KEPT = (
     *("chunks", "delivered", "shed", "on_time_share", "service_s", "latency_s", "first_chunk_s", "batch_n_max"),
@@ -62,15 +65,18 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Names the case among rows; two runs of it give the same row."""
-        profile = Path(self.profile).name.removesuffix(".json")  # no stem: that of 1.3b-h200 would be 1
-        said = dataclasses.asdict(self) | {"trace": trace_name(self.trace), "profile": profile}
+        """Names the case among rows; two runs of it on the same files give the same row."""
+        said = dataclasses.asdict(self) | {"trace": trace_name(self.trace), "profile": profile_name(self.profile)}
         said.pop("curve")
         return json.dumps(said, sort_keys=True)
 
 
 def trace_name(path: str) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".csv")
+
+
+def profile_name(path: str) -> str:
+    return Path(path).name.removesuffix(".json")  # no stem: that of 1.3b-h200 would be 1
 
 
 def group_of(name: str) -> str:
@@ -96,9 +102,26 @@ def gives_service(row: dict[str, Any]) -> bool:
     return row["on_time_share"] >= ON_TIME_LEAST and row["shed"] == 0 and row["reduced_step_share"] <= REDUCED_MOST
 
 
+def digests_of(case: Case) -> dict[str, str]:
+    """What a row says of the contents of its files: the first 16 digits of their SHA-256."""
+    try:
+        trace = Path(case.trace).read_bytes()
+    except OSError as e:
+        raise TraceError(f"{case.trace}: cannot read the trace ({e})", expected="gzip CSV") from e
+    try:
+        profile = profile_file(case.profile).read_bytes()
+    except OSError as e:
+        raise ConfigError(f"{case.profile}: cannot read the latency profile ({e})") from e
+    return {
+        "trace_sha256": hashlib.sha256(trace).hexdigest()[:DIGEST_DIGITS],
+        "profile_sha256": hashlib.sha256(profile).hexdigest()[:DIGEST_DIGITS],
+    }
+
+
 @lru_cache(maxsize=4)
-def _trace(path: str, seed: int, chunk_s: float) -> Trace:
-    trace = read_trace(path)
+def _trace(path: str, digest: str, seed: int, chunk_s: float) -> Trace:
+    """`digest` tells a file that was written again from the one that is remembered."""
+    trace = close_at_end(read_trace(path))
     return randomise_phases(trace, seed, chunk_s) if seed else trace
 
 
@@ -109,14 +132,15 @@ def _profile(case: Case) -> LatencyProfile:
 
 def run_case(case: Case) -> dict[str, Any]:
     """Simulate one case (or search its least fleet) and answer its row."""
+    digests = digests_of(case)
     profile = _profile(case)
-    trace = _trace(case.trace, case.seed, profile.chunk_s)
+    trace = _trace(case.trace, digests["trace_sha256"], case.seed, profile.chunk_s)
     peak_workers = max(1, math.ceil(demand(trace).peak_in(0, trace.horizon_us) / profile.capacity))
     if case.fleet == "least":
-        row = _least_fleet(case, trace, profile, peak_workers)
+        row = _least_fleet(case, trace, profile, peak_workers, tuple(digests.values()))
     else:
         row = _simulate(case, trace, profile, _fleet_size(case.fleet, peak_workers))
-    return {"key": case.key, "peak_workers": peak_workers} | row
+    return {"key": case.key, "peak_workers": peak_workers} | row | digests
 
 
 def _fleet_size(fleet: str, peak_workers: int) -> int | None:
@@ -130,7 +154,9 @@ def _fleet_size(fleet: str, peak_workers: int) -> int | None:
         raise ConfigError(f"fleet {fleet!r}", expected="scale, least, a number, or peak*1.3") from None
 
 
-def _least_fleet(case: Case, trace: Trace, profile: LatencyProfile, peak_workers: int) -> dict[str, Any]:
+def _least_fleet(
+    case: Case, trace: Trace, profile: LatencyProfile, peak_workers: int, files: tuple[str, ...]
+) -> dict[str, Any]:
     """A fixed fleet that gives equal service, one worker less of which does not.
 
     By bisection upwards from the peak's fleet, or, where another seed of the case was searched before in this process,
@@ -143,7 +169,7 @@ def _least_fleet(case: Case, trace: Trace, profile: LatencyProfile, peak_workers
             tried[workers] = _simulate(case, trace, profile, workers)
         return gives_service(tried[workers])
 
-    same = dataclasses.replace(case, seed=0, curve=False)
+    same = dataclasses.replace(case, seed=0, curve=False), files
     limit = 20 * peak_workers + 20
     if same in _FOUND:
         low, high, step = _FOUND[same] - 1, _FOUND[same], 1
@@ -168,7 +194,7 @@ def _least_fleet(case: Case, trace: Trace, profile: LatencyProfile, peak_workers
     return tried[high] | {"least_found": True, "fleets_tried": len(tried)}
 
 
-_FOUND: dict[Case, int] = {}
+_FOUND: dict[tuple[Case, tuple[str, ...]], int] = {}
 
 
 def _simulate(case: Case, trace: Trace, profile: LatencyProfile, workers: int | None) -> dict[str, Any]:
@@ -282,32 +308,133 @@ def _audit(run: Run, figures: dict[str, Any], trace: Trace, profile: LatencyProf
     return dict(answer["violation_counts"])
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a grid so far; none when there is no file. A last line cut short by an interruption is left out."""
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Digests of the files that a grid's cases name today."""
+
+    of_case: dict[str, dict[str, str]]
+    """By the case's key: the fields of `digests_of`."""
+    traces: dict[str, str]
+    """By the name that rows carry, as are the profiles'."""
+    profiles: dict[str, str]
+
+    def fits(self, row: dict[str, Any]) -> bool:
+        """Whether the row of one of the cases was made from these files."""
+        return all(row.get(field) == digest for field, digest in self.of_case[row["key"]].items())
+
+
+def contents_of(cases: Iterable[Case]) -> Contents:
+    """Look at every file once; two that differ but have one name are an error: their rows could not be told apart."""
+    of_files: dict[tuple[str, str], dict[str, str]] = {}
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    of_case, traces, profiles = {}, {}, {}
+
+    def note(what: str, name: str, path: str, digest: str, hint: str) -> None:
+        first, known = seen.setdefault((what, name), (path, digest))
+        if known != digest:
+            raise ConfigError(
+                f"two different {what}s are called {name}: {first} and {path}", expected="a name for each", hint=hint
+            )
+
+    for case in cases:
+        files = case.trace, case.profile
+        if files not in of_files:
+            of_files[files] = found = digests_of(case)
+            trace, profile = found.values()
+            called = load_profile(case.profile).name
+            note("trace", trace_name(case.trace), case.trace, trace, "rename one of the files, or compare them apart")
+            note("profile", profile_name(case.profile), case.profile, profile, "rename one of the files")
+            note("profile", called, case.profile, profile, 'give each a "name" of its own in its file')
+            traces[trace_name(case.trace)] = trace
+            profiles[called] = profile
+        of_case[case.key] = of_files[files]
+    return Contents(of_case, traces, profiles)
+
+
+def read_rows(path: Path, today: Contents | None = None) -> list[dict[str, Any]]:
+    """Rows of a grid so far, of each case the newest; none when there is no file. A last line cut short by an
+    interruption is left out.
+
+    So are rows of a trace or profile that has changed under its name since: `today` (else the newest row of that name)
+    says which one counts. Figures of different files never stand side by side.
+    """
     if not path.exists():
         return []
-    rows = []
+    found: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            found.pop(row["key"], None)
+            found[row["key"]] = row
+        except (ValueError, TypeError, KeyError):
             continue
-    return rows
+    rows = list(found.values())
+    traces: dict[Any, Any] = {row.get("trace"): row.get("trace_sha256") for row in rows}
+    profiles: dict[Any, Any] = {row.get("profile"): row.get("profile_sha256") for row in rows}
+    if today is not None:
+        traces |= today.traces
+        profiles |= today.profiles
+    return [
+        row
+        for row in rows
+        if row.get("trace_sha256") == traces[row.get("trace")]
+        and row.get("profile_sha256") == profiles[row.get("profile")]
+    ]
+
+
+def check_grid(cases: Sequence[Case], path: Path) -> Contents:
+    """Refuse, before the first run, what would end the grid in the middle or mix its figures with others'."""
+    wanted = {case.key: case for case in cases}
+    for delay_s in {case.provision_s for case in wanted.values()}:
+        check_seconds("--provision-s", delay_s)
+    for warmup_s in {case.warmup_s for case in wanted.values()}:
+        check_seconds("--warmup-s", warmup_s)
+    for spec in {case.policy for case in wanted.values()}:
+        check_knobs(*parse_policy(spec))
+    contents = contents_of(cases)  # of all: two files of one name share their keys
+    rows = read_rows(path, contents)
+    asked = {case.warmup_s for case in wanted.values()}
+    for said in (_warmup_of(row) for row in rows):
+        if said is not None and said not in asked:
+            raise ConfigError(
+                f"{path} holds runs with a warm-up of {said:g} s",
+                expected=f"--warmup-s {said:g}",
+                hint="runs with different warm-ups cover different times; give these an --out of their own",
+            )
+    done = {row["key"] for row in rows if row["key"] in wanted and contents.fits(row)}
+    todo = {(case.trace, case.warmup_s): key for key, case in wanted.items() if key not in done}
+    for (trace, warmup_s), key in todo.items():
+        chunk_s = load_profile(wanted[key].profile).chunk_s
+        check_trace(_trace(trace, contents.of_case[key]["trace_sha256"], 0, chunk_s), warmup_s)
+    return contents
+
+
+def _warmup_of(row: dict[str, Any]) -> float | None:
+    try:
+        return float(json.loads(row["key"])["warmup_s"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def run_grid(
-    cases: Iterable[Case], path: Path, *, jobs: int, tell: Callable[[int, int, dict[str, Any] | None], None]
+    cases: Sequence[Case], path: Path, *, jobs: int, tell: Callable[[int, int, dict[str, Any] | None], None]
 ) -> list[dict[str, Any]]:
-    """Run the cases that have no row in `path` yet, append theirs, and answer all rows of the cases asked for.
+    """Run the cases that have no row in `path` yet (or one of other files), append theirs, and answer all rows of the
+    cases asked for.
 
     `tell(done, total, row)` is called after each case, for a progress bar.
     """
     wanted = {case.key: case for case in cases}
-    rows = {row["key"]: row for row in read_rows(path) if row["key"] in wanted}
+    contents = contents_of(cases)
+    kept = (row for row in read_rows(path, contents) if row["key"] in wanted)
+    rows = {row["key"]: row for row in kept if contents.fits(row)}
     todo = [case for key, case in wanted.items() if key not in rows]
     tell(len(rows), len(wanted), None)
     path.parent.mkdir(parents=True, exist_ok=True)
+    cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     with path.open("a") as out:
+        if cut:  # the first new row would stand on the line that an interruption cut, and be lost with it
+            out.write("\n")
         for row in _results(todo, jobs):
             rows[row["key"]] = row
             out.write(json.dumps(row) + "\n")

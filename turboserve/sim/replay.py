@@ -8,13 +8,14 @@ view up to date, ask the policy once, carry the plan out. The live control loop 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from turboserve.errors import ConfigError
+from turboserve.errors import ConfigError, TraceError
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.orchestrator.view import GONE, READY, ClusterView, make_view
 from turboserve.sim.batch_steps import PERIOD_OVER, R_FINISH, T_LATE, T_REDUCED, T_ROWS
@@ -23,9 +24,10 @@ from turboserve.sim.cluster import SimCluster
 from turboserve.sim.events import NEVER_US, TRANSFER_END, US, WAKE, WORKER_LOST, WORKER_READY, Timers, to_us, up_us
 from turboserve.sim.policies.base import Policy
 from turboserve.sim.run_log import Log
-from turboserve.sim.trace import ACTIVE, ARRIVE, IDLE, Trace
+from turboserve.sim.trace import ACTIVE, ARRIVE, DEPART, IDLE, Trace
 
 WORKERS_MAX_DEFAULT = 100_000
+SECONDS_MOST = 1e9  # thirty years; keeps microseconds within 64 bits
 STUCK_US = 24 * 3600 * US  # no chunk for this long after the trace has ended: the policy lets sessions wait for ever
 
 
@@ -88,12 +90,11 @@ def simulate(trace: Trace, profile: LatencyProfile, policy: Policy, settings: Se
     return _Replay(trace, profile, policy, settings).run()
 
 
-def check(settings: Settings, profile: LatencyProfile, policy: Policy) -> None:
-    """Refuse settings that cannot be run, naming what would be right."""
-    if settings.workers is None and not policy.scales:
+def check(settings: Settings, profile: LatencyProfile, policy: Policy | None) -> None:
+    """Refuse settings that cannot be run, naming what would be right. `policy` None: the clairvoyant."""
+    if policy is not None and settings.workers is None and not policy.scales:
         raise ConfigError(f"policy {policy.name} has a fixed fleet", expected="--workers N", hint="turboserve scales")
-    if settings.workers is not None and settings.workers < 1:
-        raise ConfigError(f"--workers {settings.workers}", expected="at least 1")
+    _check_fleet(settings)
     if settings.pace not in ("realtime", "closed"):
         raise ConfigError(f"--pace {settings.pace}", expected="realtime or closed")
     if settings.batching not in ("chunk", "pass"):
@@ -101,11 +102,70 @@ def check(settings: Settings, profile: LatencyProfile, policy: Policy) -> None:
     floor = settings.steps_floor
     if floor is not None and not profile.denoise_steps_floor <= floor <= profile.denoise_steps:
         raise ConfigError(f"--steps-floor {floor}", expected=f"{profile.denoise_steps_floor}..{profile.denoise_steps}")
+    if settings.seed < 0:
+        raise ConfigError(f"--seed {settings.seed}", expected="at least 0")
+    if settings.provision_s is not None:
+        check_seconds("--provision-s", settings.provision_s)
+    check_seconds("--warmup-s", settings.warmup_s)
+    for time_s in settings.losses_s:
+        check_seconds("--lose-at", time_s)
+
+
+def _check_fleet(settings: Settings) -> None:
+    if settings.workers is not None:
+        if settings.workers < 1:
+            raise ConfigError(f"--workers {settings.workers}", expected="at least 1")
+        return
+    if settings.workers_max < 1:
+        raise ConfigError(f"--max-workers {settings.workers_max}", expected="at least 1")
+    if settings.initial_workers < 0:
+        raise ConfigError(f"--initial-workers {settings.initial_workers}", expected="at least 0")
+    if settings.initial_workers > settings.workers_max:
+        raise ConfigError(
+            f"--initial-workers {settings.initial_workers} is more than --max-workers {settings.workers_max}",
+            expected=f"at most {settings.workers_max}",
+            hint="give a smaller --initial-workers or a larger --max-workers",
+        )
+
+
+def check_seconds(option: str, value: float) -> None:
+    """Refuse what is no length of time; NaN passes every comparison of an option's range."""
+    if not 0 <= value <= SECONDS_MOST:
+        raise ConfigError(f"{option} {value:g}", expected=f"seconds, from 0 to {SECONDS_MOST:g}")
+
+
+def check_trace(trace: Trace, warmup_s: float) -> None:
+    """Refuse a trace of which nothing lies after the warm-up."""
+    if trace.time_us.size == 0:
+        raise TraceError(f"trace {trace.name} has no events", expected="at least one session")
+    if trace.horizon_us <= to_us(warmup_s):
+        raise ConfigError(
+            f"trace {trace.name} ends at {trace.horizon_us / US:g} s, before the warm-up of {warmup_s:g} s is over",
+            expected="a trace that goes on after it",
+            hint="pass a shorter --warmup-s; figures cover the time after it",
+        )
+
+
+def close_at_end(trace: Trace) -> Trace:
+    """Sessions that never depart (a recording that was cut) leave with the trace's last line; others as they are."""
+    gone = np.zeros(len(trace.session_ids), np.bool_)
+    gone[trace.session[trace.event == DEPART]] = True
+    left = np.flatnonzero(~gone)
+    if left.size == 0:
+        return trace
+    return dataclasses.replace(
+        trace,
+        time_us=np.append(trace.time_us, np.full(left.size, trace.horizon_us, np.int64)),
+        session=np.append(trace.session, left),
+        event=np.append(trace.event, np.full(left.size, DEPART, np.int8)),
+        chunks=np.append(trace.chunks, np.zeros(left.size, np.int64)),
+    )
 
 
 class _Replay:
     def __init__(self, trace: Trace, profile: LatencyProfile, policy: Policy, settings: Settings) -> None:
         check(settings, profile, policy)
+        trace = close_at_end(trace)
         self.trace, self.profile, self.policy, self.settings = trace, profile, policy, settings
         self.chunks = trace.chunk_counts(profile.chunk_s)
         fixed = settings.workers

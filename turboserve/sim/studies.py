@@ -8,6 +8,7 @@ ablation  our policy with one part turned off at a time
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +19,12 @@ from turboserve.sim.policies import POLICIES, policy_class
 
 STUDIES = ("service", "latency", "tune", "ablation")
 FLEET_FACTORS = ("1.0", "1.3", "1.6")
+WARMUP_S = 600.0
 BALANCED_ALREADY = "azure"
 """Sessions there never pause: least-loaded is perfect, so the group is shown apart in the latency study."""
 PARTS = ("migrate", "scale", "volatility", "slack", "brownout", "forecast")
+
+STEPS_NOTE = "steps_note"
 
 Row = dict[str, Any]
 Tuned = dict[str, dict[str, dict[str, dict[str, float]]]]  # profile -> delay -> policy -> knobs
@@ -39,6 +43,7 @@ def cases_of(
     unit_workers: int = 1,
     audit: bool = False,
     factors: Sequence[str] = FLEET_FACTORS,
+    warmup_s: float = WARMUP_S,
 ) -> list[Case]:
     """The cases of a study, small things first within each policy."""
     cases = []
@@ -59,6 +64,7 @@ def cases_of(
                                 steps_floor=steps_floor if parse_policy(spec)[0] == "turboserve" else None,
                                 unit_workers=unit_workers,
                                 audit=audit,
+                                warmup_s=warmup_s,
                                 curve=seed == seeds[0],
                             )
                         )
@@ -126,8 +132,37 @@ def _setting(row: Row) -> tuple[Any, ...]:
 
 
 def label(row: Row) -> str:
-    """How a row's policy is called in tables: with its knobs."""
-    return spec_of(row["policy"], row["knobs"])
+    """How a row's policy is called in tables: with its knobs, and its steps where `told_apart` noted them."""
+    return spec_of(row["policy"], row["knobs"]) + (f", {row[STEPS_NOTE]}" if row.get(STEPS_NOTE) else "")
+
+
+def policy_of(name: str) -> str:
+    """The policy that a label begins with."""
+    return re.split("[:,]", name)[0]
+
+
+def told_apart(rows: list[Row]) -> list[Row]:
+    """The rows with a note on those that were allowed other denoise steps than is usual, where both are there.
+
+    Usual is the lowest floor at fleets that scale or were found (cost at equal service), and full steps at equal fleets
+    (latency). Runs of both are different policies: no average holds the two.
+    """
+    floors: dict[tuple[str, bool], set[int | None]] = defaultdict(set)
+    for row in rows:
+        floors[_steps_group(row)].add(row.get("steps_floor"))
+    found = []
+    for row in rows:
+        group, floor = _steps_group(row), row.get("steps_floor")
+        given = [one for one in floors[group] if one is not None]
+        equal_fleets = group[1]
+        usual = None if equal_fleets and None in floors[group] else min(given, default=None)
+        note = "full steps" if floor is None else f"down to {floor} steps"
+        found.append(row if floor == usual else row | {STEPS_NOTE: note})
+    return found
+
+
+def _steps_group(row: Row) -> tuple[str, bool]:
+    return row["policy"], row["fleet"].startswith("peak")
 
 
 def settings_of(rows: list[Row]) -> list[tuple[str, float]]:
@@ -237,15 +272,23 @@ def ablations(rows: list[Row]) -> list[dict[str, Any]]:
     """Each part turned off, and the published rule, beside the whole policy on the same windows, delays and seeds."""
     places = {_place(row) for row in rows if part_off(row)}
     here = [row for row in rows if row["fleet"] in ("scale", "least") and _place(row) in places]
-    whole = {_place(row): row for row in here if row["policy"] == "turboserve" and not row["knobs"]}
+    # Beside the whole policy with the same steps.
+    wholes: dict[str, dict[tuple[Any, ...], Row]] = defaultdict(dict)
+    for row in here:
+        if row["policy"] == "turboserve" and not row["knobs"]:
+            wholes[row.get(STEPS_NOTE, "")][_place(row)] = row
     found = []
     for name in _labels([row for row in here if part_off(row) or label(row) == "published"]):
-        mine = [row for row in here if label(row) == name and _place(row) in whole]
+        mine = [row for row in here if label(row) == name]
+        note = mine[0].get(STEPS_NOTE, "")
+        whole = wholes[note]
+        mine = [row for row in mine if _place(row) in whole]
         if not mine:
             continue
         found.append(
             {
-                "off": name.removeprefix("turboserve:").removesuffix("=0"),
+                "off": spec_of(mine[0]["policy"], mine[0]["knobs"]).removeprefix("turboserve:").removesuffix("=0")
+                + (f", {note}" if note else ""),
                 "runs": len(mine),
                 "runs_at_equal_service": sum(row["equal_service"] for row in mine),
                 "cost": average(
@@ -266,7 +309,7 @@ def _place(row: Row) -> tuple[Any, ...]:
 def _labels(rows: list[Row]) -> list[str]:
     """Policies in the order of POLICIES, each with its knobs."""
     order = {name: number for number, name in enumerate(POLICIES)}
-    return sorted({label(row) for row in rows}, key=lambda name: (order[parse_policy(name)[0]], name))
+    return sorted({label(row) for row in rows}, key=lambda name: (order[policy_of(name)], name))
 
 
 def by_trace(rows: list[Row]) -> list[dict[str, Any]]:
@@ -281,7 +324,7 @@ def by_trace(rows: list[Row]) -> list[dict[str, Any]]:
             runs = [r for r in mine if label(r) == name]
             if all(r["equal_service"] for r in runs):
                 hours[name] = sum(r["worker_hours"] for r in runs) / len(runs)
-        rivals = {name: bill for name, bill in hours.items() if parse_policy(name)[0] != "turboserve"}
+        rivals = {name: bill for name, bill in hours.items() if policy_of(name) != "turboserve"}
         best = min(rivals, key=lambda name: rivals[name], default=None)
         found.append(
             {
@@ -302,7 +345,7 @@ def cheaper_baselines(rows: list[Row]) -> list[dict[str, Any]]:
     """Where a baseline at equal service costs less than our policy, or ours does not give that service."""
     found = []
     free = [row for row in rows if row["fleet"] in ("scale", "least")]
-    plain = [row for row in free if row["policy"] == "turboserve" and not row["knobs"]]
+    plain = [row for row in free if label(row) == "turboserve"]
     for own in plain:
         rivals = [
             row

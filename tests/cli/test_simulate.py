@@ -31,7 +31,7 @@ def simulate(trace: str, out: Path, *more: str) -> Result:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--max-workers 1", "--initial-workers 2 is more than --max-workers 1"),
+        ("--max-workers 1 --initial-workers 2", "--initial-workers 2 is more than --max-workers 1"),
         ("--max-workers 0", "--max-workers 0"),
         ("--initial-workers -1", "--initial-workers -1"),
         ("--seed -1", "--seed -1"),
@@ -61,13 +61,21 @@ def test_what_cannot_be_run_is_a_usage_error(trace: str, tmp_path: Path, flags: 
 
 
 @pytest.mark.parametrize("policy", ["turboserve", "clairvoyant"])
-def test_a_trace_that_ends_within_the_warm_up_is_refused(trace: str, tmp_path: Path, policy: str) -> None:
-    result = simulate(trace, tmp_path / "out", "--policy", policy, "--warmup-s", "600")
-    assert result.exit_code == 2
-    assert "ends at" in result.stderr and "warm-up of 600 s" in result.stderr and "--warmup-s" in result.stderr
+def test_a_trace_that_ends_within_the_warm_up_is_said_to(trace: str, tmp_path: Path, policy: str) -> None:
     (tmp_path / "empty.csv").write_text("time_s,session_id,event,chunks\n")
-    result = simulate(str(tmp_path / "empty.csv"), tmp_path / "out", "--policy", policy)
-    assert result.exit_code in (1, 2) and result.stderr.startswith("error: ")
+    for path in (trace, str(tmp_path / "empty.csv")):
+        result = simulate(path, tmp_path / "out", "--policy", policy, "--warmup-s", "600", "--json")
+        assert result.exit_code == 0, result.output
+        said = " ".join(result.stderr.split())
+        assert "within the warm-up of 600 s" in said and "--warmup-s 0" in said
+        found = json.loads(result.stdout)
+        assert found["worker_hours"] == found["reference"]["worker_hours"] == 0
+
+
+def test_the_initial_fleet_is_within_the_largest_one(trace: str, tmp_path: Path) -> None:
+    result = simulate(trace, tmp_path / "out", "--policy", "hpa", "--max-workers", "1", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["initial_workers"] == 1
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_run(trace: str, tmp_path: Path) -> None:

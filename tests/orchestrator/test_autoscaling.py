@@ -164,13 +164,14 @@ def test_a_load_of_short_periods_is_reckoned_from_their_chunks() -> None:
     for second in range(300):
         work = follow(work, int(chunks), 3, float(second))
         chunks += 7.5
-    assert work_factor(work, 0.6, 1.0) == pytest.approx(2.5, rel=0.02)
-    assert work_factor(work, 12.0, 1.0) == 1.0, "periods of some length: their count is their load"
+    assert work_factor(work, 0.6, 1.0, 4.0) == pytest.approx(2.5, rel=0.02)
+    assert work_factor(work, 0.6, 1.0, 2.0) == 2.0, "one in work all the time is no more load than a whole worker"
+    assert work_factor(work, 12.0, 1.0, 4.0) == 1.0, "periods of some length: their count is their load"
     assert follow(work, 0, 3, 300.0).chunks_seen == 0, "a new count begins anew"
     overrun = Work()
     for second in range(300):
         overrun = follow(overrun, 4 * second, 30, float(second))
-    assert work_factor(overrun, 5.0, 1.0) == 1.0, "a backlog is no reason to reckon with less than there is"
+    assert work_factor(overrun, 5.0, 1.0, 4.0) == 1.0, "a backlog is no reason to reckon with less than there is"
 
 
 def test_the_room_of_a_crowd_is_kept_only_where_viewers_were_late() -> None:

@@ -66,7 +66,7 @@ class Gateway:
         self.take(self.logic.from_controller(message, self.now_s))
         self.commit()
 
-    def open(self) -> Gateway:
+    def open(self, pace: Pace = Pace.FREE) -> Gateway:
         wish = NewSession(
             sid=SID,
             token="t",
@@ -85,10 +85,10 @@ class Gateway:
         self.commit()
         self.controller(m.OpDone(op_id=op_id, state="active"))
         self.place(1, "w0")
-        return self.attach("t", 0)
+        return self.attach("t", 0, pace)
 
-    def attach(self, token: str, next_index: int) -> Gateway:
-        self.take(self.logic.attach(VIEWER, SID, token, next_index, None, Pace.FREE, self.now_s))
+    def attach(self, token: str, next_index: int, pace: Pace = Pace.FREE) -> Gateway:
+        self.take(self.logic.attach(VIEWER, SID, token, next_index, None, pace, self.now_s))
         self.commit()
         return self
 
@@ -366,9 +366,9 @@ def test_a_controller_that_starts_hears_which_steps_a_session_runs_on() -> None:
 
 
 def test_the_controller_hears_what_viewers_got_at_most_so_often() -> None:
-    gateway = Gateway().open()
+    gateway = Gateway().open(Pace.LIVE)
     assert told(gateway, m.ChunksDelivered) == [m.ChunksDelivered(chunks=0, reduced=0, late=0)]
-    gateway.wait(1.0)
+    gateway.wait(0.5)
     gateway.finish(0, 1)
     gateway.controller(m.SetSteps(session_id=SID, steps=4))
     gateway.finish(1, 1)
@@ -381,6 +381,10 @@ def test_the_controller_hears_what_viewers_got_at_most_so_often() -> None:
     assert len(told(gateway, m.ChunksDelivered)) == count, "nothing is said again without news"
     gateway.take(gateway.logic.controller_connected(gateway.now_s))
     assert told(gateway, m.ChunksDelivered)[-1].chunks == 3
+    free = Gateway().open()
+    free.wait(1.0)
+    free.finish(0, 1)
+    assert told(free, m.ChunksDelivered)[-1].chunks == 0, "as fast as there is room: no load that must be met"
 
 
 def marks(gateway: Gateway) -> list[str]:

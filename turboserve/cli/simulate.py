@@ -24,7 +24,7 @@ from turboserve.cli.options import console, json_option, make_folder, print_json
 @click.option("--max-workers", type=int, default=None, help="Largest fleet of a scaling policy.")
 @click.option("--provision-s", type=float, default=None, help="Seconds until a worker is ready; default: profile's.")
 @click.option("--pace", default="realtime", help="realtime or closed.")
-@click.option("--initial-workers", type=int, default=2, help="Workers of a scaling policy at time 0.")
+@click.option("--initial-workers", type=int, help="Workers of a scaling policy at time 0; 2, or --max-workers if less.")
 @click.option("--warmup-s", type=float, default=600.0, help="Figures cover the time after this.")
 @click.option("--batching", default="chunk", help="chunk (whole chunks, auditable) or pass (as our engine).")
 @click.option("--steps-floor", type=int, default=None, help="Allow brownout down to so many denoise steps.")
@@ -43,7 +43,7 @@ def command(
     max_workers: int | None,
     provision_s: float | None,
     pace: str,
-    initial_workers: int,
+    initial_workers: int | None,
     warmup_s: float,
     batching: str,
     steps_floor: int | None,
@@ -62,17 +62,19 @@ def command(
     if trace_file is None or out_dir is None:
         raise click.UsageError(f"{'--trace' if trace_file is None else '--out'} is missing (or --from-recording DIR)")
     from turboserve.errors import ConfigError
+    from turboserve.sim.events import to_us
     from turboserve.sim.files import write_report, write_run
     from turboserve.sim.policies import POLICIES, check_knobs, make_policy
     from turboserve.sim.profile_files import load_profile
-    from turboserve.sim.replay import WORKERS_MAX_DEFAULT, Settings, check, check_trace, simulate
+    from turboserve.sim.replay import INITIAL_WORKERS, WORKERS_MAX_DEFAULT, Settings, check, simulate
     from turboserve.sim.report import clairvoyant_report, reference_hours, report
     from turboserve.sim.trace import read_trace
 
+    most = WORKERS_MAX_DEFAULT if max_workers is None else max_workers
     settings = Settings(
         workers=workers,
-        workers_max=WORKERS_MAX_DEFAULT if max_workers is None else max_workers,
-        initial_workers=initial_workers,
+        workers_max=most,
+        initial_workers=min(INITIAL_WORKERS, most) if initial_workers is None else initial_workers,
         provision_s=provision_s,
         pace=pace,
         batching=batching,
@@ -92,7 +94,12 @@ def command(
         made = make_policy(policy, scaling=workers is None, provision_s=delay_s, **knobs)
     check(settings, model, made)
     trace = read_trace(trace_file)
-    check_trace(trace, warmup_s)
+    if trace.horizon_us <= to_us(warmup_s):
+        console().print(
+            f"{trace.name} ends at {trace.horizon_us / 1e6:g} s, within the warm-up of {warmup_s:g} s: every figure "
+            "stands under `warmup`, none covers the time after it (--warmup-s 0 counts all)",
+            style="yellow",
+        )
     make_folder("--out", Path(out_dir))
     if made is None:
         found = clairvoyant_report(trace, model, settings)

@@ -38,7 +38,6 @@ GROWTH_SHARE = 0.5  # of a surge's growth over the last 30 s, per 30 s of delay,
 GROWTH_S = 30
 WORK_FADE_S = 90.0
 SHORT_PERIOD_CHUNKS = 12.0  # mean periods below it are scaled by their work
-WORK_FACTOR_MAX = 8.0
 LATELY_S = 10
 # Spread of the error: SPREAD * sqrt(expected * (1 + delay / DRIFT_S)). Fitted at delays of 30 and 120 s to the headroom
 # that served the shared and the synthetic windows best.
@@ -81,11 +80,12 @@ def follow(work: Work, chunks: int, active: int, now_s: float) -> Work:
     return Work(kept * work.chunks + chunks - work.chunks_seen, kept * work.active_s + since_s * active, chunks, now_s)
 
 
-def work_factor(work: Work, period_s: float, chunk_s: float) -> float:
-    """Sessions' worth of load for each session counted as active: 1 where the mean period is of some length."""
+def work_factor(work: Work, period_s: float, chunk_s: float, most: float) -> float:
+    """Sessions' worth of load for each session counted as active: 1 where the mean period is of some length. `most` is
+    that of a session which is in work all the time it is there, alone: chunk target over the time of a batch of one."""
     if period_s >= SHORT_PERIOD_CHUNKS * chunk_s or work.active_s <= 0.0:
         return 1.0
-    return min(WORK_FACTOR_MAX, max(1.0, work.chunks * chunk_s / work.active_s))
+    return max(1.0, min(most, work.chunks * chunk_s / work.active_s))
 
 
 def largest(demand: Demand, seconds: float) -> float:

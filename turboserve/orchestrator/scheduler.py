@@ -149,7 +149,8 @@ def _size_fleet(
     by_steps = config.brownout and view.steps_floor is not None and view.steps_floor < profile.denoise_steps
     if config.volatility and by_steps and delay_s > 0 and now_s - scale.refined_s >= autoscaling.REFINE_EVERY_S:
         scale = autoscaling.refine(scale, memory.service.reduced_share / REDUCED_SHARE, now_s)
-    factor = work_factor(memory.work, memory.period_s, profile.chunk_s)
+    alone = profile.chunk_target_s / profile.batch_latency_s[0]
+    factor = work_factor(memory.work, memory.period_s, profile.chunk_s, alone)
     newest = lately(memory.demand) if factor > 1.0 else float(sv.active)
     expected = forecast(memory.demand, newest, delay_s, memory.period_s if config.forecast else math.inf)
     mean = expected.mean * factor

@@ -86,8 +86,8 @@ class SessionActivity(Message, frozen=True, kw_only=True):
 
 
 class ChunksDelivered(Message, frozen=True, kw_only=True):
-    """Chunks accepted for viewers since this gateway started: all, those with fewer denoise steps than their session
-    was opened with, and those of live pace that came late. At most every DELIVERED_S, and first at each connect."""
+    """Chunks of live pace accepted for viewers since this gateway started: all, those with fewer denoise steps than
+    their session was opened with, and those that came late. At most every DELIVERED_S, and first at each connect."""
 
     chunks: Count
     reduced: Count

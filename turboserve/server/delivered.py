@@ -1,4 +1,7 @@
-"""How many chunks viewers got, for the controller: totals since this gateway started, told now and then."""
+"""How many chunks of live pace viewers got, for the controller: totals since this gateway started, told now and then.
+
+A session of free pace takes what room there is: its chunks say nothing of the load that must be met or the service.
+"""
 
 from __future__ import annotations
 

@@ -63,11 +63,11 @@ class SessionRing(SessionFacts):
 
     def _measure(self, begun: Begun, chunk: StoredChunk, now_s: float) -> None:
         out = self.outbox
-        out.delivered.count(reduced=chunk.steps < self._steps_full(), late=begun.live and now_s > begun.due_s)
         out.put(Measure("chunk_latency", now_s - begun.released_s))
         out.put(Measure("batch_size", chunk.batch_size))
         if begun.live:
             on_time = now_s <= begun.due_s
+            out.delivered.count(reduced=chunk.steps < self._steps_full(), late=not on_time)
             self.counts.on_time += on_time
             self.counts.late += not on_time
             out.put(Measure("chunk_on_time" if on_time else "chunk_late"))

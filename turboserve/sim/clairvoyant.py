@@ -92,6 +92,7 @@ def cheapest_fleet(
             f"capacity {capacity}, unit_workers {unit_workers} and provision_s {provision_s} make no fleet",
             expected="capacity >= 1, unit_workers >= 1, provision_s >= 0",
         )
+    end_s = max(end_s, warmup_s)  # nothing is billed of a trace that ends within the warm-up
     times, active = active_steps(starts_s, ends_s)
     per_unit = capacity * unit_workers
     need = -(-active // per_unit)

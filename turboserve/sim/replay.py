@@ -27,6 +27,7 @@ from turboserve.sim.run_log import Log
 from turboserve.sim.trace import ACTIVE, ARRIVE, DEPART, IDLE, Trace
 
 WORKERS_MAX_DEFAULT = 100_000
+INITIAL_WORKERS = 2
 SECONDS_MOST = 1e9  # thirty years; keeps microseconds within 64 bits
 STUCK_US = 24 * 3600 * US  # no chunk for this long after the trace has ended: the policy lets sessions wait for ever
 
@@ -37,7 +38,7 @@ class Settings:
 
     workers: int | None = None
     workers_max: int = WORKERS_MAX_DEFAULT
-    initial_workers: int = 2
+    initial_workers: int = INITIAL_WORKERS
     provision_s: float | None = None
     pace: str = "realtime"
     batching: str = "chunk"

@@ -150,7 +150,8 @@ def _size_fleet(
     if config.volatility and by_steps and delay_s > 0 and now_s - scale.refined_s >= autoscaling.REFINE_EVERY_S:
         scale = autoscaling.refine(scale, memory.service.reduced_share / REDUCED_SHARE, now_s)
     alone = profile.chunk_target_s / profile.batch_latency_s[0]
-    factor = work_factor(memory.work, memory.period_s, profile.chunk_s, alone)
+    # With no delay a worker is there as soon as a session needs it.
+    factor = work_factor(memory.work, memory.period_s, profile.chunk_s, alone) if delay_s > 0 else 1.0
     newest = lately(memory.demand) if factor > 1.0 else float(sv.active)
     expected = forecast(memory.demand, newest, delay_s, memory.period_s if config.forecast else math.inf)
     mean = expected.mean * factor

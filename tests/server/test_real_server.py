@@ -126,7 +126,7 @@ async def test_the_card_says_what_was_streamed(server_url: str) -> None:
     assert card["seed"] == SEED and card["model"] == "shapes" and card["model_hash"]
     assert [one["from_index"] for one in card["inputs"]] == [0, 4]
     assert card["chunk_count"] >= CHUNKS
-    assert state["delivered"] == CHUNKS and state["worker"] == "w0"
+    assert state["delivered"] == CHUNKS and state["worker"] in ("w0", "w1")
 
 
 async def test_encoded_formats_share_one_chain(server_url: str) -> None:

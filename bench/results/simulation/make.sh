@@ -35,6 +35,11 @@ tuning() { # Every knob setting of every baseline that declares some.
 baselines() { # The other ones that need a fleet found.
     service $both --seeds 1 $(with $small) --policy static-least-resume --policy static-memory --policy slack
 }
+others() { # Two settings of every other scaling one on the windows that tuning leaves out.
+    service $both $every --seeds 1 $(with hyb_azconv_gentd_p20 gentd_evening gentd_falloff gentd_stack3 mooncake_chat_full) \
+        --policy lcp:target=0.9 --policy lcp:target=0.7 --policy kpa:target=0.4 --policy kpa:target=0.6 \
+        --policy llumnix:up=0.9,down=0.7 --policy llumnix:up=0.7,down=0.5 --policy published:rho=0.9 --policy published:rho=0.5
+}
 ablation() {
     compare "" --study ablation --steps-floor 2 --seeds 5 $(with $small)
 }
@@ -74,4 +79,4 @@ fleets() { # Windows whose peak needs just 4, 8, 16, 32, 64 and about 256 worker
     compare /fleets --study service --steps-floor 2 $(drawn fleets) --policy turboserve --policy hpa:target=0.7
 }
 
-for part in ${@:-cost latencies tuning baselines ablation audits units sizes sweep fleets}; do $part; done
+for part in ${@:-cost latencies tuning baselines others ablation audits units sizes sweep fleets}; do $part; done

@@ -44,11 +44,11 @@ class Timed(Client):
 
     times_s: list[float]
 
-    async def play(self, chunks: int) -> None:
+    async def play(self, chunks: int, last_after: asyncio.Event | None = None) -> None:
         """Chunk after chunk, and the time of each."""
         self.times_s = getattr(self, "times_s", [])
         while self.next_index < chunks:
-            await self.run(chunks)
+            await self.run(chunks, last_after=last_after)
 
     async def watch(self) -> None:
         seen = 0
@@ -126,15 +126,18 @@ async def test_a_playing_stream_moves_to_the_joined_worker_and_back_with_its_sta
         client = Timed(server.url, opened)
         client.times_s = []
         watching = asyncio.create_task(client.watch())
-        playing = asyncio.create_task(client.play(chunks))
+        there_and_back = asyncio.Event()
+        playing = asyncio.create_task(client.play(chunks, there_and_back))
         await until(lambda: asyncio.sleep(0, client.next_index >= 8), "it does not play")
         first = (await session(server, sid))["worker"]
         there, back = (name, "w0") if first == "w0" else ("w0", name)
         await moved(server, sid, there)
         assert (await session(server, sid))["point_node"] == (await workers(server))[there]["node"]
         moved_at = client.next_index
-        await until(lambda: asyncio.sleep(0, client.next_index >= moved_at + 8), "it does not play there")
+        goal = min(moved_at + 8, chunks)
+        await until(lambda: asyncio.sleep(0, client.next_index >= goal), "it does not play there")
         await moved(server, sid, back)
+        there_and_back.set()
         await asyncio.wait_for(playing, 120)
         watching.cancel()
         assert client.digests == chain
@@ -211,7 +214,8 @@ async def test_a_joined_worker_killed_in_the_midst_of_a_transfer_costs_no_chunk(
         chain = await reference(server, 20)
         opened = await open_session(server.url)
         sid, client = opened["id"], Client(server.url, opened)
-        playing = asyncio.create_task(client.run(20))
+        killed = asyncio.Event()
+        playing = asyncio.create_task(client.run(20, last_after=killed))
         await until(lambda: asyncio.sleep(0, client.next_index >= 4), "it does not play")
         comes = place.startswith("worker.receive")
         start = "w0" if comes else name
@@ -219,6 +223,7 @@ async def test_a_joined_worker_killed_in_the_midst_of_a_transfer_costs_no_chunk(
             await moved(server, sid, start)
         await post(server, f"/v1/admin/sessions/{sid}/migrate", target=name if comes else "w0")
         assert await asyncio.to_thread(process.wait, 30) == -signal.SIGKILL
+        killed.set()
         await asyncio.wait_for(playing, 120)
         assert client.digests == chain
         assert (await session(server, sid))["worker"] == "w0"

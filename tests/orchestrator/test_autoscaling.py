@@ -175,9 +175,17 @@ def test_a_load_of_short_periods_is_reckoned_from_their_chunks() -> None:
 
 
 def test_the_room_of_a_crowd_is_kept_only_where_viewers_were_late() -> None:
-    assert [autoscaling.crowd_hold_s(share) for share in (0.0, 0.003, 0.0045, 0.006, 0.5)] == pytest.approx(
+    assert [autoscaling.crowd_hold_s(share, 1) for share in (0.0, 0.003, 0.0045, 0.006, 0.5)] == pytest.approx(
         [0, 0, 150, 300, 300]
     )
+    assert [autoscaling.crowd_hold_s(0.5, crowds) for crowds in (0, 1, 2, 3, 4, 5000)] == [
+        300,
+        300,
+        600,
+        1200,
+        1800,
+        1800,
+    ]
     seen = Demand()
     for second in range(100):
         seen = observe(seen, 50 if second < 20 else 3, float(second))
@@ -193,3 +201,18 @@ def test_late_chunks_are_followed_after_the_first_minutes() -> None:
         shares.append(service.late_share)
     assert shares[:3] == [0.0, 0.0, 0.0] and shares[3] == pytest.approx(1 - math.exp(-60 / SERVICE_FADE_S))
     assert shares[4] == pytest.approx(shares[3] / math.e)
+
+
+def test_crowds_that_lacked_room_are_counted_until_they_are_forgotten() -> None:
+    view, service = make_view((load_profile("k4"),), workers_max=4, workers_min=1), Service()
+    service = look(service, view, 0.0)
+    crowds = []
+    for second in range(1, 4000):
+        lacking = 400 <= second < 420 or 440 <= second < 450 or 700 <= second < 720
+        view.observed.chunks += 10
+        view.observed.late_chunks += 5 if lacking else 0
+        service = look(service, view, float(second))
+        crowds.append(service.crowds)
+    assert crowds[398] == 0 and crowds[410] == 1
+    assert crowds[460] == 1, "the same one still: it was never a minute without"
+    assert crowds[720] == 2 and crowds[-1] == 0

@@ -24,14 +24,15 @@ from dataclasses import dataclass, replace
 
 from numba import njit
 
+from turboserve.orchestrator.service import LATE_SHARE
+
 SIGMA_SCALE_MIN, SIGMA_SCALE_MAX = 0.6, 3.2
 REFINE_EVERY_S = 60.0
 GROW_GAIN, SHRINK_GAIN = 0.03, 0.025  # a refinement, as powers of e, at twice the share aimed at and at none
 HOLD_SHARE = 0.5  # of the provisioning delay
 PROFILED_DELAY_S, PROFILED_CAPACITY = 30.0, 4.0
 HOLD_MIN_S, HOLD_MAX_S = 3.0, 20.0
-LATE_SHARE = 0.003  # of chunks, lately: thrice what is allowed in all; below it may be chance
-LATE_HOLD_S = 300.0  # at twice that share; HPA keeps as long whatever comes
+LATE_HOLD_S, LATE_HOLD_MAX_S = 300.0, 1800.0  # the first at twice LATE_SHARE; HPA keeps as long whatever comes
 INV_SQRT_TWO_PI = 1.0 / math.sqrt(2.0 * math.pi)
 
 
@@ -100,10 +101,14 @@ def hold_s(provision_s: float) -> float:
     return min(HOLD_MAX_S, max(HOLD_MIN_S, HOLD_SHARE * provision_s))
 
 
-def crowd_hold_s(late_share: float) -> float:
+def crowd_hold_s(late_share: float, crowds: int) -> float:
     """How long the room that a crowd took is kept for the next one: not at all, unless viewers were late lately, as
-    they are where crowds come again and again and the workers were given back each time."""
-    return LATE_HOLD_S * min(1.0, late_share / LATE_SHARE - 1.0) if late_share > LATE_SHARE else 0.0
+    they are where crowds come again and again and the workers were given back each time. Twice as long with each crowd
+    that still came too late for it."""
+    if late_share <= LATE_SHARE:
+        return 0.0
+    kept_s = LATE_HOLD_S * min(1.0, late_share / LATE_SHARE - 1.0)
+    return min(LATE_HOLD_MAX_S, kept_s * 2.0 ** min(10, max(0, crowds - 1)))
 
 
 def refine(memory: ScaleMemory, pressure: float, now_s: float) -> ScaleMemory:

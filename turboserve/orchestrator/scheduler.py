@@ -165,7 +165,8 @@ def _size_fleet(
     target = min(view.workers_max, max(view.workers_min, -(-target // unit) * unit))
     hold_s = autoscaling.hold_s(delay_s)
     scale = autoscaling.remember(scale, target, now_s, hold_s)
-    crowd = largest(memory.demand, autoscaling.crowd_hold_s(memory.service.late_share)) * factor
+    served = memory.service
+    crowd = largest(memory.demand, autoscaling.crowd_hold_s(served.late_share, served.crowds)) * factor
     lowest = max(scale.recent[0][1], -(-math.ceil(crowd / profile.capacity - 1e-9) // unit) * unit)
     present = sv.ready.size + sv.starting.size
     why = f"{sv.active} active, {mean:.0f}±{sigma:.0f} expected in {delay_s:g} s, target {target}"

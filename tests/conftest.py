@@ -7,7 +7,13 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from real_server import RunningServer, start_server
+
+# The same examples each time, so that a red run is about the change; other ones: HYPOTHESIS_PROFILE=random.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("random")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Before the first test of any folder imports Triton: what was imported without it stays compiled for the whole run.
 # scripts/gpu.sh says otherwise.

@@ -25,6 +25,8 @@ class ScriptedWorker:
     slots: int = 2
     held: dict[str, Held] = field(default_factory=dict)
     prepared: dict[str, int] = field(default_factory=dict)
+    addresses: dict[str, str] = field(default_factory=dict)
+    """Where a prepared session's pages are awaited."""
     fences: dict[str, int] = field(default_factory=dict)
     said: list[m.Message] = field(default_factory=list)
     """To the controller, not yet received."""
@@ -43,6 +45,12 @@ class ScriptedWorker:
                 self._say_handed_over(session_id, held)
             else:
                 self.said.append(m.SessionOpened(session_id=session_id, epoch=held.epoch, next_index=held.next_index))
+        for session_id, move_id in self.prepared.items():
+            self._say_prepared(session_id, move_id)
+
+    def _say_prepared(self, session_id: str, move_id: int) -> None:
+        address = self.addresses.get(session_id, "")
+        self.said.append(m.SessionPrepared(session_id=session_id, move_id=move_id, address=address))
 
     def work(self) -> None:
         """One chunk of everything that runs; what has stopped says so again."""
@@ -80,11 +88,8 @@ class ScriptedWorker:
                 else:
                     if message.slot:
                         self.prepared[message.session_id] = message.move_id
-                    address = self.hello.node if message.awaits else ""
-                    prepared = m.SessionPrepared(
-                        session_id=message.session_id, move_id=message.move_id, address=address
-                    )
-                    self.said.append(prepared)
+                    self.addresses[message.session_id] = self.hello.node if message.awaits else ""
+                    self._say_prepared(message.session_id, message.move_id)
             case m.DropPrepared():
                 if self.prepared.get(message.session_id) == message.move_id:
                     del self.prepared[message.session_id]

@@ -47,6 +47,8 @@ class WorkerMachine(RuleBasedStateMachine):
         self.prepared: set[str] = set()
         self.stops: dict[str, e.Stop] = {}
         self.handed_over: set[str] = set()
+        self.broken: set[str] = set()  # of these no state can be saved
+        self.adopted: set[tuple[str, int]] = set()  # epochs of which nothing has left yet
         self.move_id = 0
         for source in (CONTROLLER, GATEWAY):
             self.connect(source)
@@ -101,6 +103,7 @@ class WorkerMachine(RuleBasedStateMachine):
             self.work = [one for one in self.work if one[0] != sid]
             count = self.engine[sid][1]
             self.engine[sid] = (action.epoch, count)
+            self.adopted.add((sid, action.epoch))
             return e.Opened(sid, count, adopted=True)
         assert sid not in self.engine  # one owner at a time, whatever the epoch
         if action.adopt_epoch is not None and not action.restore:
@@ -120,6 +123,7 @@ class WorkerMachine(RuleBasedStateMachine):
         del self.engine[sid]
         self.stops.pop(sid, None)
         self.handed_over.discard(sid)
+        self.broken.discard(sid)
         self.work = [one for one in self.work if one[0] != sid]
 
     @rule(fails=st.sampled_from([False, False, False, True]))
@@ -132,7 +136,7 @@ class WorkerMachine(RuleBasedStateMachine):
                 continue
             del self.stops[sid]
             count = self.engine[sid][1]
-            if fails:
+            if fails or sid in self.broken:
                 event = e.StopFailed(sid, count, "arena_full", "no room")
             else:
                 self.points[sid] = count
@@ -169,7 +173,10 @@ class WorkerMachine(RuleBasedStateMachine):
             assert chunk.chunk_index == action.chunk_index
             assert self.logic.sessions[action.session_id].epoch == action.epoch
             last = self.emitted.get(action.session_id, -1)
-            assert action.chunk_index <= last + 1  # contiguous; again is allowed, a gap is not
+            # Contiguous; again is allowed, a gap is not, but where an adopted session begins: what its former epoch had
+            # not sent is sent if the gateway asks for it, which it need not do.
+            assert action.chunk_index <= last + 1 or key in self.adopted
+            self.adopted.discard(key)
             self.emitted[action.session_id] = max(last, action.chunk_index)
             self.logic.did_emit(action)
 
@@ -289,6 +296,7 @@ class WorkerMachine(RuleBasedStateMachine):
         if breaks and self.rng.random() < 0.2:
             event = e.BrokenSession(session_id=sid, chunk_index=index, code="session_poisoned", message="nan")
             self.work = [one for one in self.work if one[0] != sid]
+            self.broken.add(sid)
         else:
             self.engine[sid] = (epoch, count + 1)
             if self.rng.random() < 0.7:

@@ -27,7 +27,7 @@ cost() { # Worker-hours at equal service: ours, HPA, the smallest static fleet (
 }
 latencies() { # Chunk latency at equal fleets of ceil(peak / capacity) times 1.0, 1.3 and 1.6, full steps.
     latency $both --seeds 5 $(with $small) $fixed
-    latency $both --factor 1.0 --seeds 3 $(with $big) $fixed
+    latency $both --factor 1.0 --seeds 5 $(with $big) $fixed
 }
 tuning() { # Every knob setting of every baseline that declares some.
     compare "" --study tune $every $both $(with $three)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from turboserve.sim.averages import average, paired
-from turboserve.sim.grid import read_rows
+from turboserve.sim.grid_rows import read_rows
 from turboserve.sim.policies import POLICIES
 from turboserve.sim.studies import BALANCED_ALREADY, at_every_delay, label, policy_of, told_apart
 

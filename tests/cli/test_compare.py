@@ -12,7 +12,9 @@ from turboserve.cli.compare import command
 from turboserve.errors import ConfigError
 from turboserve.sim import studies
 from turboserve.sim.averages import average, paired
-from turboserve.sim.grid import Case, gives_service, group_of, parse_policy, read_rows, run_case
+from turboserve.sim.cases import Case, group_of, parse_policy
+from turboserve.sim.grid import gives_service, run_case
+from turboserve.sim.grid_rows import read_rows
 from turboserve.sim.trace import write_trace
 from turboserve.sim.workload import Workload, generate
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turboserve.sim.grid import Case
+from turboserve.sim.cases import Case
 from turboserve.sim.profile_files import load_profile, shipped_profiles
 
 

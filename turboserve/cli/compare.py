@@ -66,8 +66,10 @@ def command(
     """
     from turboserve.errors import ConfigError
     from turboserve.sim import studies
+    from turboserve.sim.cases import parse_policy
     from turboserve.sim.compare_page import write_page
-    from turboserve.sim.grid import check_grid, parse_policy, read_rows, run_grid
+    from turboserve.sim.grid import check_grid, run_grid
+    from turboserve.sim.grid_rows import read_rows
     from turboserve.sim.policies import POLICIES, policy_class
 
     for path in traces:
@@ -101,7 +103,7 @@ def command(
     rows_path = out / "rows.jsonl"
     contents = check_grid(cases, rows_path)
     with _Bar(len(cases)) as bar:
-        rows = run_grid(cases, rows_path, jobs=jobs or os.cpu_count() or 1, tell=bar.tell)
+        rows = run_grid(cases, rows_path, contents, jobs=jobs or os.cpu_count() or 1, tell=bar.tell)
     (out / "commands.txt").open("a").write(shlex.join(["turboserve", *sys.argv[1:]]) + "\n")
     kept = studies.told_apart(read_rows(rows_path, contents))
     everything = studies.at_every_delay(kept)

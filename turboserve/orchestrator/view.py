@@ -174,7 +174,7 @@ class Observed:
     periods_started: int = 0
     periods_ended: int = 0
     period_seconds: float = 0.0  # summed length of the ended periods
-    chunks: int = 0  # chunks begun
+    chunks: int = 0  # chunks begun; live: those of live pace that viewers got
     reduced_chunks: int = 0  # of these with fewer denoise steps than full
     late_chunks: int = 0
 

@@ -1,35 +1,34 @@
 """Many simulations: traces x profiles x policies x fleets x delays x seeds, in parallel, each row kept as it comes.
 
 A row holds the figures of report.json and what a comparison needs beside them. Rows are appended to a file, and cases
-that already have one are not run again, so an interrupted grid goes on where it stopped. A row names its trace and its
-profile by file name and by digest: where the file has changed since, the case is run again and the newer row counts.
+that already have one (`grid_rows`) are not run again, so an interrupted grid goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from turboserve.errors import ConfigError, TraceError
+from turboserve.errors import ConfigError
 from turboserve.orchestrator.latency import LatencyProfile
 from turboserve.sim.batch_steps import R_FINISH, R_START
+from turboserve.sim.cases import Case, group_of, parse_policy, trace_name
 from turboserve.sim.clairvoyant import cheapest_fleet
 from turboserve.sim.events import US
 from turboserve.sim.files import write_run
+from turboserve.sim.grid_rows import Contents, contents_of, digests_of, read_rows
 from turboserve.sim.policies import check_knobs, make_policy, policy_class
-from turboserve.sim.profile_files import load_profile, profile_file
+from turboserve.sim.profile_files import load_profile
 from turboserve.sim.replay import Run, Settings, check_seconds, check_trace, close_at_end, simulate
 from turboserve.sim.report import report
 from turboserve.sim.trace import ACTIVE, ARRIVE, DEPART, IDLE, Trace, demand, randomise_phases, read_trace, write_trace
@@ -37,7 +36,6 @@ from turboserve.sim.trace import ACTIVE, ARRIVE, DEPART, IDLE, Trace, demand, ra
 ON_TIME_LEAST = 0.999
 REDUCED_MOST = 0.02
 CURVE_POINTS = 240
-DIGEST_DIGITS = 16
 QUANTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.5, 99.9, 100)
 KEPT = (
     *("chunks", "delivered", "shed", "on_time_share", "service_s", "latency_s", "first_chunk_s", "batch_n_max"),
@@ -46,76 +44,9 @@ KEPT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One simulation. `fleet`: "scale", a number, "peak*1.3", or "least" (smallest that gives equal service)."""
-
-    trace: str
-    policy: str  # name[:knob=value[,knob=value]]
-    profile: str = "k4"
-    fleet: str = "scale"
-    provision_s: float = 30.0
-    seed: int = 0
-    """0: the trace as it is. Others: every session shifted by a part of a chunk drawn from the seed."""
-    steps_floor: int | None = None
-    warmup_s: float = 600.0
-    unit_workers: int = 1
-    audit: bool = False
-    curve: bool = False
-
-    @property
-    def key(self) -> str:
-        """Names the case among rows; two runs of it on the same files give the same row."""
-        said = dataclasses.asdict(self) | {"trace": trace_name(self.trace), "profile": profile_name(self.profile)}
-        said.pop("curve")
-        return json.dumps(said, sort_keys=True)
-
-
-def trace_name(path: str) -> str:
-    return Path(path).name.removesuffix(".gz").removesuffix(".csv")
-
-
-def profile_name(path: str) -> str:
-    return Path(path).name.removesuffix(".json")  # no stem: that of 1.3b-h200 would be 1
-
-
-def group_of(name: str) -> str:
-    """The source that a trace came from: the word before its first underscore."""
-    return name.split("_")[0]
-
-
-def parse_policy(spec: str) -> tuple[str, dict[str, float]]:
-    """`hpa:target=0.6` as ("hpa", {"target": 0.6})."""
-    name, _, rest = spec.partition(":")
-    knobs: dict[str, float] = {}
-    for pair in filter(None, rest.split(",")):
-        knob, _, value = pair.partition("=")
-        try:
-            knobs[knob] = float(value)
-        except ValueError:
-            raise ConfigError(f"policy {spec!r}", expected="name:knob=number,knob=number") from None
-    return name, knobs
-
-
 def gives_service(row: dict[str, Any]) -> bool:
     """Equal service: >= 99.9% of chunks on time, none shed, <= 2% with reduced steps."""
     return row["on_time_share"] >= ON_TIME_LEAST and row["shed"] == 0 and row["reduced_step_share"] <= REDUCED_MOST
-
-
-def digests_of(case: Case) -> dict[str, str]:
-    """What a row says of the contents of its files: the first 16 digits of their SHA-256."""
-    try:
-        trace = Path(case.trace).read_bytes()
-    except OSError as e:
-        raise TraceError(f"{case.trace}: cannot read the trace ({e})", expected="gzip CSV") from e
-    try:
-        profile = profile_file(case.profile).read_bytes()
-    except OSError as e:
-        raise ConfigError(f"{case.profile}: cannot read the latency profile ({e})") from e
-    return {
-        "trace_sha256": hashlib.sha256(trace).hexdigest()[:DIGEST_DIGITS],
-        "profile_sha256": hashlib.sha256(profile).hexdigest()[:DIGEST_DIGITS],
-    }
 
 
 @lru_cache(maxsize=4)
@@ -308,80 +239,6 @@ def _audit(run: Run, figures: dict[str, Any], trace: Trace, profile: LatencyProf
     return dict(answer["violation_counts"])
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """Digests of the files that a grid's cases name today."""
-
-    of_case: dict[str, dict[str, str]]
-    """By the case's key: the fields of `digests_of`."""
-    traces: dict[str, str]
-    """By the name that rows carry, as are the profiles'."""
-    profiles: dict[str, str]
-
-    def fits(self, row: dict[str, Any]) -> bool:
-        """Whether the row of one of the cases was made from these files."""
-        return all(row.get(field) == digest for field, digest in self.of_case[row["key"]].items())
-
-
-def contents_of(cases: Iterable[Case]) -> Contents:
-    """Look at every file once; two that differ but have one name are an error: their rows could not be told apart."""
-    of_files: dict[tuple[str, str], dict[str, str]] = {}
-    seen: dict[tuple[str, str], tuple[str, str]] = {}
-    of_case, traces, profiles = {}, {}, {}
-
-    def note(what: str, name: str, path: str, digest: str, hint: str) -> None:
-        first, known = seen.setdefault((what, name), (path, digest))
-        if known != digest:
-            raise ConfigError(
-                f"two different {what}s are called {name}: {first} and {path}", expected="a name for each", hint=hint
-            )
-
-    for case in cases:
-        files = case.trace, case.profile
-        if files not in of_files:
-            of_files[files] = found = digests_of(case)
-            trace, profile = found.values()
-            called = load_profile(case.profile).name
-            note("trace", trace_name(case.trace), case.trace, trace, "rename one of the files, or compare them apart")
-            note("profile", profile_name(case.profile), case.profile, profile, "rename one of the files")
-            note("profile", called, case.profile, profile, 'give each a "name" of its own in its file')
-            traces[trace_name(case.trace)] = trace
-            profiles[called] = profile
-        of_case[case.key] = of_files[files]
-    return Contents(of_case, traces, profiles)
-
-
-def read_rows(path: Path, today: Contents | None = None) -> list[dict[str, Any]]:
-    """Rows of a grid so far, of each case the newest; none when there is no file. A last line cut short by an
-    interruption is left out.
-
-    So are rows of a trace or profile that has changed under its name since: `today` (else the newest row of that name)
-    says which one counts. Figures of different files never stand side by side.
-    """
-    if not path.exists():
-        return []
-    found: dict[str, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-            found.pop(row["key"], None)
-            found[row["key"]] = row
-        except (ValueError, TypeError, KeyError):
-            continue
-    rows = list(found.values())
-    traces: dict[Any, Any] = {row.get("trace"): row.get("trace_sha256") for row in rows}
-    profiles: dict[Any, Any] = {row.get("profile"): row.get("profile_sha256") for row in rows}
-    if today is not None:
-        traces |= today.traces
-        profiles |= today.profiles
-    return [
-        row
-        for row in rows
-        if row.get("trace_sha256") == traces[row.get("trace")]
-        and row.get("profile_sha256") == profiles[row.get("profile")]
-    ]
-
-
 def check_grid(cases: Sequence[Case], path: Path) -> Contents:
     """Refuse, before the first run, what would end the grid in the middle or mix its figures with others'."""
     wanted = {case.key: case for case in cases}
@@ -417,15 +274,19 @@ def _warmup_of(row: dict[str, Any]) -> float | None:
 
 
 def run_grid(
-    cases: Sequence[Case], path: Path, *, jobs: int, tell: Callable[[int, int, dict[str, Any] | None], None]
+    cases: Sequence[Case],
+    path: Path,
+    contents: Contents,
+    *,
+    jobs: int,
+    tell: Callable[[int, int, dict[str, Any] | None], None],
 ) -> list[dict[str, Any]]:
     """Run the cases that have no row in `path` yet (or one of other files), append theirs, and answer all rows of the
     cases asked for.
 
-    `tell(done, total, row)` is called after each case, for a progress bar.
+    `contents` is the answer of `check_grid`; `tell(done, total, row)` is called after each case, for a progress bar.
     """
     wanted = {case.key: case for case in cases}
-    contents = contents_of(cases)
     kept = (row for row in read_rows(path, contents) if row["key"] in wanted)
     rows = {row["key"]: row for row in kept if contents.fits(row)}
     todo = [case for key, case in wanted.items() if key not in rows]

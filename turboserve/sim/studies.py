@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from turboserve.sim.averages import average, paired
-from turboserve.sim.grid import Case, parse_policy
+from turboserve.sim.cases import Case, parse_policy, profile_name
 from turboserve.sim.policies import POLICIES, policy_class
 
 STUDIES = ("service", "latency", "tune", "ablation")
@@ -95,9 +95,7 @@ def spec_of(name: str, knobs: dict[str, float]) -> str:
 def with_knobs(spec: str, tuned: Tuned | None, profile: str, delay_s: float) -> str:
     """The spec with its tuned knobs; knobs that it names itself win."""
     name, knobs = parse_policy(spec)
-    from turboserve.sim.grid import trace_name
-
-    found = (tuned or {}).get(trace_name(profile).removesuffix(".json"), {}).get(f"{delay_s:g}", {}).get(name, {})
+    found = (tuned or {}).get(profile_name(profile), {}).get(f"{delay_s:g}", {}).get(name, {})
     return spec_of(name, found | knobs)
 
 

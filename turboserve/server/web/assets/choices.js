@@ -11,7 +11,7 @@ const KINDS = [
     words: {
       swap: "at once",
       recache: "at once, the past seen anew",
-      blend: "blended in over four chunks",
+      blend: "blended in over a few chunks",
     },
   },
   {

@@ -177,6 +177,7 @@ class WorkerMachine(RuleBasedStateMachine):
             # not sent is sent if the gateway asks for it, which it need not do.
             assert action.chunk_index <= last + 1 or key in self.adopted
             self.adopted.discard(key)
+            assert action.chunk_index < self.engine[action.session_id][1]  # only what was made
             self.emitted[action.session_id] = max(last, action.chunk_index)
             self.logic.did_emit(action)
 
